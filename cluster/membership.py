@@ -1,0 +1,144 @@
+"""Who is a member, and what is wanted: the little that must be shared and outlive a process, in
+Redis. Losing Redis stops changes, not traffic: readers keep what they read last."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import enum
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import redis.asyncio
+import redis.exceptions
+
+from cluster.scheduler.view import Pool
+
+logger = logging.getLogger(__name__)
+
+REDIS_DEADLINE_S = 2.0
+REDIS_ERRORS = (redis.exceptions.RedisError, OSError, TimeoutError)
+
+
+class WorkerState(enum.StrEnum):
+    PLACING = "placing"
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    worker_id: str
+    incarnation: str
+    pool: Pool
+    state: WorkerState
+    address: str = ""
+    accelerator: str = ""
+    node: str = ""
+    pid: int = 0
+    placement_reason: str = ""
+    detail: str = ""
+    """Why it failed, for people."""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str | bytes) -> WorkerRecord:
+        values = json.loads(text)
+        return WorkerRecord(
+            **{**values, "pool": Pool(values["pool"]), "state": WorkerState(values["state"])}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRecord:
+    router_id: str
+    url: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredPools:
+    prefill: int
+    decode: int
+
+
+def open_redis(url: str) -> redis.asyncio.Redis:
+    client: redis.asyncio.Redis = redis.asyncio.from_url(
+        url, socket_timeout=REDIS_DEADLINE_S, socket_connect_timeout=REDIS_DEADLINE_S
+    )
+    return client
+
+
+class Membership:
+    """Every call is bounded by REDIS_DEADLINE_S and raises one of REDIS_ERRORS on failure."""
+
+    def __init__(self, client: redis.asyncio.Redis, cluster: str, lease_s: float) -> None:
+        self._redis = client
+        self._prefix = f"baton:{cluster}"
+        self.lease_s = lease_s
+
+    async def put_worker(self, record: WorkerRecord) -> None:
+        """Write a worker's record; it vanishes when not written again within the lease."""
+        key = f"{self._prefix}:worker:{record.worker_id}"
+        await self._redis.set(key, record.to_json(), px=int(self.lease_s * 1000))
+
+    async def remove_worker(self, worker_id: str) -> None:
+        await self._redis.delete(f"{self._prefix}:worker:{worker_id}")
+
+    async def workers(self) -> list[WorkerRecord]:
+        texts = await self._values(f"{self._prefix}:worker:*")
+        return sorted(map(WorkerRecord.from_json, texts), key=lambda record: record.worker_id)
+
+    async def put_router(self, record: RouterRecord) -> None:
+        key = f"{self._prefix}:router:{record.router_id}"
+        await self._redis.set(
+            key, json.dumps(dataclasses.asdict(record)), px=int(self.lease_s * 1000)
+        )
+
+    async def remove_router(self, router_id: str) -> None:
+        await self._redis.delete(f"{self._prefix}:router:{router_id}")
+
+    async def routers(self) -> list[RouterRecord]:
+        texts = await self._values(f"{self._prefix}:router:*")
+        return [RouterRecord(**json.loads(text)) for text in texts]
+
+    async def set_desired(self, desired: DesiredPools) -> None:
+        await self._redis.set(f"{self._prefix}:desired", json.dumps(dataclasses.asdict(desired)))
+
+    async def desired(self) -> DesiredPools | None:
+        text = await self._redis.get(f"{self._prefix}:desired")
+        return None if text is None else DesiredPools(**json.loads(text))
+
+    async def _values(self, pattern: str) -> list[bytes]:
+        keys = [key async for key in self._redis.scan_iter(match=pattern, count=500)]
+        values = await self._redis.mget(keys) if keys else []
+        # A lease may run out between the two reads.
+        return [value for value in values if value is not None]
+
+
+async def keep_lease(
+    write: Callable[[], Awaitable[None]], lease_s: float, changed: asyncio.Event
+) -> None:
+    """Write a record thrice a lease, and at once when `changed` is set. Runs until cancelled."""
+    reachable = True
+    while True:
+        changed.clear()
+        try:
+            await write()
+            if not reachable:
+                logger.info("Redis is back")
+            reachable = True
+        except REDIS_ERRORS as error:
+            if reachable:
+                logger.warning("Redis is out of reach, going on without: %s", error)
+            reachable = False
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(changed.wait(), lease_s / 3)

@@ -1,0 +1,257 @@
+"""A request's life: queued, prefilling, handing over, decoding, done.
+
+A *leg* is one stay at one worker; its id is new each time, so whatever a former leg still says can
+be told apart and ignored.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from cluster.scheduler.policy import Ask, Placement
+from cluster.scheduler.view import WorkerKey
+
+
+class Phase(enum.StrEnum):
+    QUEUED = "queued"
+    PREFILLING = "prefilling"
+    HANDING_OVER = "handing_over"
+    DECODING = "decoding"
+    DONE = "done"
+
+
+class Path(enum.StrEnum):
+    """How a request's prompt got its KV on the worker that decoded it."""
+
+    HANDED_OVER = "handed_over"
+    KEPT_LOCAL = "kept_local"
+    RECOMPUTED = "recomputed"
+
+
+class Finish(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+# --- actions --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StartPrefill:
+    """Compute the prompt and one token, pushing the KV to the decode worker."""
+
+    request_id: str
+    leg_id: str
+    worker: WorkerKey
+    receiver: WorkerKey
+    transfer_id: str
+    resume_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StartDecode:
+    """Go on after `resume_tokens`, adopting the transfer's KV."""
+
+    request_id: str
+    leg_id: str
+    worker: WorkerKey
+    sender: WorkerKey
+    transfer_id: str
+    resume_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StartLocal:
+    """Do all of it, or all that is left, on one worker."""
+
+    request_id: str
+    leg_id: str
+    worker: WorkerKey
+    resume_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CancelLeg:
+    leg_id: str
+    worker: WorkerKey
+
+
+@dataclass(frozen=True, slots=True)
+class DropTransfer:
+    worker: WorkerKey
+    transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Pass a leg's output on to the client, as the request's last if `finish` is set."""
+
+    request_id: str
+    finish: Finish | None
+
+
+@dataclass(frozen=True, slots=True)
+class FailRequest:
+    request_id: str
+    reason: str
+
+
+Action = (
+    StartPrefill | StartDecode | StartLocal | CancelLeg | DropTransfer | Deliver | FailRequest
+)
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Leg:
+    leg_id: str
+    worker: WorkerKey
+    prefills_only: bool
+    """Its LENGTH after one token is the hand-over, not the request's end."""
+
+
+@dataclass(slots=True)
+class Life:
+    ask: Ask
+    phase: Phase = Phase.QUEUED
+    path: Path = Path.KEPT_LOCAL
+    placement: Placement | None = None
+    leg: Leg | None = None
+    last_leg_id: str = ""
+    transfer_id: str = ""
+    tokens: list[int] = field(default_factory=list)
+    """Output tokens the client has."""
+    attempts: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.phase is Phase.DONE
+
+    @property
+    def tokens_left(self) -> int:
+        return self.ask.max_tokens - len(self.tokens)
+
+    def remaining(self) -> Ask:
+        """The ask as it stands after the tokens the client has."""
+        return Ask(
+            request_id=self.ask.request_id,
+            prompt_tokens=self.ask.prompt_tokens,
+            max_tokens=self.tokens_left,
+            resumed_tokens=len(self.tokens),
+            can_hand_over=self.ask.can_hand_over,
+        )
+
+    def start(self, placement: Placement, id_suffix: str) -> Action:
+        """The first leg under a new placement."""
+        self.attempts += 1
+        self.placement = placement
+        leg_id = f"{self.ask.request_id}.{self.attempts}p.{id_suffix}"
+        resume = tuple(self.tokens)
+        self._begin(Leg(leg_id, placement.prefill, prefills_only=placement.hands_over))
+        if not placement.hands_over:
+            self.phase = Phase.DECODING if resume else Phase.PREFILLING
+            self.path = Path.RECOMPUTED if resume else Path.KEPT_LOCAL
+            return StartLocal(self.ask.request_id, leg_id, placement.prefill, resume)
+        self.phase = Phase.PREFILLING
+        self.path = Path.HANDED_OVER
+        self.transfer_id = leg_id
+        return StartPrefill(
+            self.ask.request_id,
+            leg_id,
+            placement.prefill,
+            placement.decode,
+            self.transfer_id,
+            resume,
+        )
+
+    def on_output(
+        self, token_ids: list[int], finish: Finish | None, model_len_tokens: int
+    ) -> list[Action]:
+        """The current leg said something."""
+        assert self.leg is not None
+        self.tokens.extend(token_ids)
+        if finish is None:
+            if self.phase is not Phase.DECODING and token_ids and not self.leg.prefills_only:
+                self.phase = Phase.DECODING
+            return [Deliver(self.ask.request_id, None)]
+        context_tokens = self.ask.prompt_tokens + len(self.tokens)
+        hands_over = (
+            self.leg.prefills_only
+            and finish is Finish.LENGTH
+            and self.tokens_left > 0
+            and context_tokens < model_len_tokens
+        )
+        if hands_over:
+            return [Deliver(self.ask.request_id, None), self._start_decode()]
+        actions: list[Action] = [Deliver(self.ask.request_id, finish)]
+        actions.extend(self._release_transfer())
+        self._end()
+        return actions
+
+    def on_adopted(self, handed_over: bool) -> None:
+        self.path = Path.HANDED_OVER if handed_over else Path.RECOMPUTED
+
+    def abort(self) -> list[Action]:
+        """The client has left, or has what it wanted."""
+        actions: list[Action] = []
+        if self.leg is not None:
+            actions.append(CancelLeg(self.leg.leg_id, self.leg.worker))
+            actions.extend(self._release_transfer())
+        self._end()
+        return actions
+
+    def fail(self, reason: str) -> list[Action]:
+        actions = self.abort()
+        actions.append(FailRequest(self.ask.request_id, reason))
+        return actions
+
+    def unplace(self) -> list[Action]:
+        """A worker it needed is gone: back to the queue, with what the client has."""
+        assert self.placement is not None
+        actions: list[Action] = []
+        if self.leg is not None:
+            actions.append(CancelLeg(self.leg.leg_id, self.leg.worker))
+            actions.extend(self._release_transfer())
+        self.leg, self.placement, self.transfer_id = None, None, ""
+        self.phase = Phase.QUEUED
+        return actions
+
+    def depends_on(self, worker: WorkerKey) -> bool:
+        """Whether losing this worker stops the request. The prefill worker owes nothing once the
+        decode leg has begun: if the KV did not arrive whole, the decode worker recomputes it."""
+        if self.leg is None or self.placement is None:
+            return False
+        return self.leg.worker == worker or (
+            self.phase is Phase.PREFILLING and self.placement.decode == worker
+        )
+
+    def _start_decode(self) -> StartDecode:
+        assert self.placement is not None
+        leg_id = f"{self.transfer_id}.d"
+        self._begin(Leg(leg_id, self.placement.decode, prefills_only=False))
+        self.phase = Phase.HANDING_OVER
+        return StartDecode(
+            self.ask.request_id,
+            leg_id,
+            self.placement.decode,
+            self.placement.prefill,
+            self.transfer_id,
+            tuple(self.tokens),
+        )
+
+    def _release_transfer(self) -> list[Action]:
+        """The decode worker frees a transfer by itself once the decode leg has come to it."""
+        if self.phase is Phase.PREFILLING and self.placement and self.placement.hands_over:
+            return [DropTransfer(self.placement.decode, self.transfer_id)]
+        return []
+
+    def _begin(self, leg: Leg) -> None:
+        self.leg, self.last_leg_id = leg, leg.leg_id
+
+    def _end(self) -> None:
+        self.phase, self.leg = Phase.DONE, None

@@ -1,0 +1,190 @@
+"""The scheduler: all requests' lives, the workers' load, and the queue of those without a place."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cluster.scheduler.life import Action, CancelLeg, Finish, Life, Phase
+from cluster.scheduler.policy import Ask, PlacementPolicy
+from cluster.scheduler.view import ClusterView, WorkerKey, WorkerView
+
+ATTEMPTS_MAX = 4
+"""Placements a request gets before it fails: one that kills workers must not kill them all."""
+
+
+@dataclass(slots=True)
+class _Charge:
+    """What a request was added to its workers' load as."""
+
+    prefill: WorkerKey | None = None
+    prompt_tokens: int = 0
+    decode: WorkerKey | None = None
+    decode_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """`new_id` makes the part of a leg's id that no other router or restart will make."""
+
+    policy: PlacementPolicy
+    new_id: Callable[[], str]
+    queue_deadline_s: float = 30.0
+    queued_max: int = 4096
+    view: ClusterView = field(default_factory=ClusterView)
+    lives: dict[str, Life] = field(default_factory=dict)
+    _by_leg: dict[str, Life] = field(default_factory=dict)
+    _charges: dict[str, _Charge] = field(default_factory=dict)
+    _queue: deque[tuple[str, float]] = field(default_factory=deque)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a worker."""
+        return len(self._queue)
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def on_arrival(self, ask: Ask, now_s: float) -> list[Action]:
+        life = self.lives[ask.request_id] = Life(ask)
+        actions = self._place(life)
+        if actions is not None:
+            return actions
+        if len(self._queue) >= self.queued_max:
+            return self._forget(life, life.fail(f"{self.queued_max} requests are waiting already"))
+        self._queue.append((ask.request_id, now_s))
+        return []
+
+    def on_output(self, leg_id: str, token_ids: list[int], finish: Finish | None) -> list[Action]:
+        """A leg's output. Empty for a leg that is no longer the request's."""
+        life = self._by_leg.get(leg_id)
+        if life is None:
+            return []
+        assert life.leg is not None
+        worker = self.view.workers.get(life.leg.worker)
+        model_len = worker.max_model_len_tokens if worker else 0
+        was_prefilling = life.phase is Phase.PREFILLING
+        actions = life.on_output(token_ids, finish, model_len)
+        charge = self._charges[life.ask.request_id]
+        if was_prefilling and life.phase is not Phase.PREFILLING:
+            self._refund_prefill(charge)
+        if charge.decode is not None and (decode := self.view.workers.get(charge.decode)):
+            decode.decode_tokens += len(token_ids)
+            charge.decode_tokens += len(token_ids)
+        if life.leg is None or life.leg.leg_id != leg_id:
+            del self._by_leg[leg_id]
+            if life.leg is not None:
+                self._by_leg[life.leg.leg_id] = life
+        return self._forget(life, actions) if life.done else actions
+
+    def life_of_leg(self, leg_id: str) -> Life | None:
+        """None for a leg that is no longer its request's."""
+        return self._by_leg.get(leg_id)
+
+    def on_adopted(self, leg_id: str, handed_over: bool) -> Life | None:
+        life = self._by_leg.get(leg_id)
+        if life is not None:
+            life.on_adopted(handed_over)
+        return life
+
+    def on_abort(self, request_id: str) -> list[Action]:
+        life = self.lives.get(request_id)
+        return [] if life is None else self._forget(life, life.abort())
+
+    # --- workers ------------------------------------------------------------------------------
+
+    def on_worker_up(self, worker: WorkerView) -> list[Action]:
+        self.view.workers[worker.key] = worker
+        return self._place_queued()
+
+    def on_worker_lost(self, key: WorkerKey, now_s: float) -> list[Action]:
+        self.view.workers.pop(key, None)
+        actions: list[Action] = []
+        for life in [life for life in self.lives.values() if life.depends_on(key)]:
+            actions.extend(self._move(life, now_s))
+        # What was to be said to the lost worker is said to nobody.
+        return [a for a in actions if not (isinstance(a, CancelLeg) and a.worker == key)]
+
+    def on_load(self, key: WorkerKey, running: int, waiting: int, kv_usage: float) -> None:
+        worker = self.view.workers.get(key)
+        if worker is not None:
+            worker.reported_running = running
+            worker.reported_waiting = waiting
+            worker.reported_kv_usage = kv_usage
+
+    def on_tick(self, now_s: float) -> list[Action]:
+        """Give up on requests that waited too long for a worker."""
+        actions: list[Action] = []
+        while self._queue and now_s - self._queue[0][1] > self.queue_deadline_s:
+            life = self.lives.get(self._queue.popleft()[0])
+            if life is not None and life.phase is Phase.QUEUED:
+                reason = f"no worker could take it for {self.queue_deadline_s:g} s"
+                actions.extend(self._forget(life, life.fail(reason)))
+        return actions
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _place(self, life: Life) -> list[Action] | None:
+        ask = life.remaining()
+        placement = self.policy.place(ask, self.view)
+        if placement is None:
+            return None
+        actions = [life.start(placement, self.new_id())]
+        assert life.leg is not None
+        self._by_leg[life.leg.leg_id] = life
+        prefill, decode = (self.view.workers[k] for k in (placement.prefill, placement.decode))
+        tokens = ask.tokens_to_compute
+        prefill.pending_prompt_tokens += tokens
+        prefill.prefills += 1
+        decode.decode_tokens += tokens
+        decode.decodes += 1
+        self._charges[ask.request_id] = _Charge(prefill.key, tokens, decode.key, tokens)
+        return actions
+
+    def _place_queued(self) -> list[Action]:
+        actions: list[Action] = []
+        waiting, self._queue = self._queue, deque()
+        for request_id, since_s in waiting:
+            life = self.lives.get(request_id)
+            if life is None or life.phase is not Phase.QUEUED:
+                continue
+            placed = self._place(life)
+            if placed is None:
+                self._queue.append((request_id, since_s))
+            else:
+                actions.extend(placed)
+        return actions
+
+    def _move(self, life: Life, now_s: float) -> list[Action]:
+        assert life.leg is not None
+        self._by_leg.pop(life.leg.leg_id, None)
+        self._refund(life)
+        if life.attempts >= ATTEMPTS_MAX:
+            reason = f"it lost its worker {life.attempts} times"
+            return self._forget(life, life.fail(reason))
+        actions = life.unplace()
+        placed = self._place(life)
+        if placed is None:
+            self._queue.append((life.ask.request_id, now_s))
+        return actions + (placed or [])
+
+    def _forget(self, life: Life, actions: list[Action]) -> list[Action]:
+        self._refund(life)
+        self.lives.pop(life.ask.request_id, None)
+        self._by_leg.pop(life.last_leg_id, None)
+        return actions
+
+    def _refund(self, life: Life) -> None:
+        charge = self._charges.pop(life.ask.request_id, None)
+        if charge is None:
+            return
+        self._refund_prefill(charge)
+        if charge.decode is not None and (worker := self.view.workers.get(charge.decode)):
+            worker.decode_tokens -= charge.decode_tokens
+            worker.decodes -= 1
+
+    def _refund_prefill(self, charge: _Charge) -> None:
+        if charge.prefill is not None and (worker := self.view.workers.get(charge.prefill)):
+            worker.pending_prompt_tokens -= charge.prompt_tokens
+            worker.prefills -= 1
+        charge.prefill, charge.prompt_tokens = None, 0

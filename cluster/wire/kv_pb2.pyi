@@ -1,0 +1,102 @@
+from cluster.wire import worker_pb2 as _worker_pb2
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CODEC_NONE: _ClassVar[Codec]
+
+class KeyOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KEY_ORDER_TOKENS_CHANNELS: _ClassVar[KeyOrder]
+    KEY_ORDER_CHANNELS_TOKENS: _ClassVar[KeyOrder]
+CODEC_NONE: Codec
+KEY_ORDER_TOKENS_CHANNELS: KeyOrder
+KEY_ORDER_CHANNELS_TOKENS: KeyOrder
+
+class PairRequest(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "fingerprint", "to_worker_id", "to_incarnation")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TO_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TO_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    fingerprint: _worker_pb2.Fingerprint
+    to_worker_id: str
+    to_incarnation: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[_worker_pb2.Fingerprint, _Mapping]] = ..., to_worker_id: _Optional[str] = ..., to_incarnation: _Optional[str] = ...) -> None: ...
+
+class PairReply(_message.Message):
+    __slots__ = ("accepted", "reason")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    reason: str
+    def __init__(self, accepted: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class FrameHeader(_message.Message):
+    __slots__ = ("transfer_id", "open", "kv", "abort")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    open: OpenTransfer
+    kv: KvFrame
+    abort: AbortTransfer
+    def __init__(self, transfer_id: _Optional[str] = ..., open: _Optional[_Union[OpenTransfer, _Mapping]] = ..., kv: _Optional[_Union[KvFrame, _Mapping]] = ..., abort: _Optional[_Union[AbortTransfer, _Mapping]] = ...) -> None: ...
+
+class OpenTransfer(_message.Message):
+    __slots__ = ("tokens", "prompt_digest", "from_worker_id", "from_incarnation", "to_incarnation")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FROM_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    FROM_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TO_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    prompt_digest: bytes
+    from_worker_id: str
+    from_incarnation: str
+    to_incarnation: str
+    def __init__(self, tokens: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ..., from_worker_id: _Optional[str] = ..., from_incarnation: _Optional[str] = ..., to_incarnation: _Optional[str] = ...) -> None: ...
+
+class AbortTransfer(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class KvFrame(_message.Message):
+    __slots__ = ("layer", "first_token", "tokens", "first_head", "heads", "codec", "key_order", "checksum")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_HEAD_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    KEY_ORDER_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    first_token: int
+    tokens: int
+    first_head: int
+    heads: int
+    codec: Codec
+    key_order: KeyOrder
+    checksum: int
+    def __init__(self, layer: _Optional[int] = ..., first_token: _Optional[int] = ..., tokens: _Optional[int] = ..., first_head: _Optional[int] = ..., heads: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., key_order: _Optional[_Union[KeyOrder, str]] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class TransferResult(_message.Message):
+    __slots__ = ("delivered", "reason")
+    DELIVERED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    delivered: bool
+    reason: str
+    def __init__(self, delivered: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...

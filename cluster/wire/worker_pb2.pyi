@@ -1,0 +1,199 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerDescription(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "fingerprint", "kv_address", "accelerator", "max_model_len_tokens", "kv_blocks", "block_size_tokens", "max_num_seqs", "max_num_batched_tokens", "kv_bytes_per_token", "supported_tasks")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    KV_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SUPPORTED_TASKS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    fingerprint: Fingerprint
+    kv_address: str
+    accelerator: str
+    max_model_len_tokens: int
+    kv_blocks: int
+    block_size_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_bytes_per_token: int
+    supported_tasks: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., kv_address: _Optional[str] = ..., accelerator: _Optional[str] = ..., max_model_len_tokens: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., supported_tasks: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Fingerprint(_message.Message):
+    __slots__ = ("model", "revision", "weights", "dtype", "kv_dtype", "layers", "kv_heads", "head_size", "vllm_version", "baton_version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    VLLM_VERSION_FIELD_NUMBER: _ClassVar[int]
+    BATON_VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    revision: str
+    weights: str
+    dtype: str
+    kv_dtype: str
+    layers: int
+    kv_heads: int
+    head_size: int
+    vllm_version: str
+    baton_version: str
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., weights: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., vllm_version: _Optional[str] = ..., baton_version: _Optional[str] = ...) -> None: ...
+
+class ToEngine(_message.Message):
+    __slots__ = ("add", "abort", "utility", "drop")
+    ADD_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    UTILITY_FIELD_NUMBER: _ClassVar[int]
+    DROP_FIELD_NUMBER: _ClassVar[int]
+    add: AddRequest
+    abort: AbortRequests
+    utility: UtilityCall
+    drop: DropTransfer
+    def __init__(self, add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ...) -> None: ...
+
+class AddRequest(_message.Message):
+    __slots__ = ("request", "send", "receive", "resume_token_ids")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SEND_FIELD_NUMBER: _ClassVar[int]
+    RECEIVE_FIELD_NUMBER: _ClassVar[int]
+    RESUME_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    request: _containers.RepeatedScalarFieldContainer[bytes]
+    send: SendKv
+    receive: ReceiveKv
+    resume_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request: _Optional[_Iterable[bytes]] = ..., send: _Optional[_Union[SendKv, _Mapping]] = ..., receive: _Optional[_Union[ReceiveKv, _Mapping]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SendKv(_message.Message):
+    __slots__ = ("transfer_id", "address", "worker_id", "incarnation")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    address: str
+    worker_id: str
+    incarnation: str
+    def __init__(self, transfer_id: _Optional[str] = ..., address: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ...) -> None: ...
+
+class ReceiveKv(_message.Message):
+    __slots__ = ("transfer_id", "worker_id", "incarnation", "deadline_s")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    worker_id: str
+    incarnation: str
+    deadline_s: float
+    def __init__(self, transfer_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+
+class AbortRequests(_message.Message):
+    __slots__ = ("request_ids",)
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    request_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DropTransfer(_message.Message):
+    __slots__ = ("transfer_id",)
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    def __init__(self, transfer_id: _Optional[str] = ...) -> None: ...
+
+class UtilityCall(_message.Message):
+    __slots__ = ("call_id", "method", "args")
+    CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    ARGS_FIELD_NUMBER: _ClassVar[int]
+    call_id: int
+    method: str
+    args: bytes
+    def __init__(self, call_id: _Optional[int] = ..., method: _Optional[str] = ..., args: _Optional[bytes] = ...) -> None: ...
+
+class FromEngine(_message.Message):
+    __slots__ = ("outputs", "utility", "adopted", "failed")
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    UTILITY_FIELD_NUMBER: _ClassVar[int]
+    ADOPTED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    outputs: StepOutputs
+    utility: UtilityReply
+    adopted: Adopted
+    failed: EngineFailed
+    def __init__(self, outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., utility: _Optional[_Union[UtilityReply, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ...) -> None: ...
+
+class StepOutputs(_message.Message):
+    __slots__ = ("outputs", "load")
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    outputs: _containers.RepeatedScalarFieldContainer[bytes]
+    load: WorkerLoad
+    def __init__(self, outputs: _Optional[_Iterable[bytes]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
+
+class UtilityReply(_message.Message):
+    __slots__ = ("call_id", "result", "error")
+    CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    call_id: int
+    result: bytes
+    error: str
+    def __init__(self, call_id: _Optional[int] = ..., result: _Optional[bytes] = ..., error: _Optional[str] = ...) -> None: ...
+
+class Adopted(_message.Message):
+    __slots__ = ("request_id", "handed_over", "reason", "bytes", "tokens", "exposed_s", "wire_s")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
+    WIRE_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    handed_over: bool
+    reason: str
+    bytes: int
+    tokens: int
+    exposed_s: float
+    wire_s: float
+    def __init__(self, request_id: _Optional[str] = ..., handed_over: _Optional[bool] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., wire_s: _Optional[float] = ...) -> None: ...
+
+class EngineFailed(_message.Message):
+    __slots__ = ("message",)
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    message: str
+    def __init__(self, message: _Optional[str] = ...) -> None: ...
+
+class WorkerLoad(_message.Message):
+    __slots__ = ("running", "waiting", "kv_usage", "inbox_bytes")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    KV_USAGE_FIELD_NUMBER: _ClassVar[int]
+    INBOX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    running: int
+    waiting: int
+    kv_usage: float
+    inbox_bytes: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., inbox_bytes: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,30 @@
+"""Run one router in the foreground: `python -m router SETTINGS_JSON`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import uvloop
+
+from cluster.errors import one_line
+from router.settings import RouterSettings
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO)
+    settings = RouterSettings.from_json(sys.argv[1])
+    # After the arguments are read: this imports vLLM.
+    from router.server import run_router
+
+    try:
+        uvloop.run(run_router(settings))
+    except KeyboardInterrupt:
+        return
+    except Exception as error:
+        logging.getLogger("router").debug("the router failed", exc_info=True)
+        sys.exit(f"baton: {one_line(error)}")
+
+
+if __name__ == "__main__":
+    main()

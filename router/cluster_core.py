@@ -1,0 +1,448 @@
+"""vLLM's engine core, as a cluster: what vLLM's front end takes for one engine is many workers.
+
+The way of a request, on one screen: `add_request_async` asks the scheduler for a place and carries
+out its actions; workers' messages come in at `_on_message`, go through the scheduler, and what is
+the client's goes to `get_output_async`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+)
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from cluster.scheduler.life import (
+    Action,
+    CancelLeg,
+    Deliver,
+    DropTransfer,
+    FailRequest,
+    Finish,
+    StartDecode,
+    StartLocal,
+    StartPrefill,
+)
+from cluster.scheduler.policy import Ask
+from cluster.scheduler.scheduler import Scheduler
+from cluster.scheduler.view import Pool, WorkerKey, WorkerView
+from cluster.wire import worker_pb2
+from router.link import WorkerLink
+from router.metrics import RouterMetrics
+from router.tally import Tally
+
+logger = logging.getLogger(__name__)
+
+UTILITY_DEADLINE_S = 60.0
+TICK_S = 1.0
+_FINISHES = {
+    FinishReason.STOP: Finish.STOP,
+    FinishReason.LENGTH: Finish.LENGTH,
+    FinishReason.REPETITION: Finish.STOP,
+    FinishReason.ABORT: Finish.ABORT,
+    FinishReason.ERROR: Finish.ERROR,
+}
+
+
+@dataclass(slots=True)
+class ConnectedWorker:
+    key: WorkerKey
+    pool: Pool
+    link: WorkerLink
+    description: worker_pb2.WorkerDescription
+    stats: SchedulerStats = field(default_factory=SchedulerStats)
+    load: worker_pb2.WorkerLoad = field(default_factory=worker_pb2.WorkerLoad)
+    calls: dict[int, asyncio.Future[Any]] = field(default_factory=dict)
+    handoffs_in: int = 0
+    handoffs_out: int = 0
+    handoff_bytes_in: int = 0
+
+
+@dataclass(slots=True)
+class CoreResources:
+    """The part of vLLM's client state that its front end asks for."""
+
+    engine_dead: bool = False
+
+
+class ClusterCore(EngineCoreClient):  # type: ignore[misc]
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        scheduler: Scheduler,
+        metrics: RouterMetrics,
+        handoff_deadline_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.vllm_config = vllm_config
+        self.scheduler = scheduler
+        self.metrics = metrics
+        self.tally = Tally(metrics)
+        self.workers: dict[WorkerKey, ConnectedWorker] = {}
+        self.resources = CoreResources()
+        self.engine_ranks_managed = [0]
+        self._handoff_deadline_s = handoff_deadline_s
+        self._clock = clock
+        # Bounded by the outputs of the requests in flight.
+        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._requests: dict[str, EngineCoreRequest] = {}
+        self._encoder = MsgpackEncoder()
+        self._decoder = MsgpackDecoder(EngineCoreOutputs)
+        self._calls = 0
+        self._worker_up = asyncio.Event()
+        self._loras: dict[int, LoRARequest] = {}
+
+    # --- requests, called by vLLM's front end -------------------------------------------------
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        self._requests[request.request_id] = request
+        self._carry_out(self.scheduler.on_arrival(ask_of(request), self._clock()))
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._carry_out(self._ended(request_id, self.scheduler.on_abort(request_id)))
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        return await self._outputs.get()
+
+    # --- workers, called by the membership watcher -----------------------------------------------
+
+    async def connect(self, address: str, pool: Pool, on_lost: Callable[[str], None]) -> WorkerKey:
+        """Link to a worker and give it work.
+
+        Raises:
+            grpc.aio.AioRpcError: it does not answer.
+        """
+        # The callbacks come only once the link is started, and by then the key is known.
+        link = WorkerLink(address, lambda m: self._on_message(worker, m), on_lost)
+        try:
+            description = await link.connect()
+        except BaseException:
+            await link.close()
+            raise
+        key = WorkerKey(description.worker_id, description.incarnation)
+        worker = ConnectedWorker(key, pool, link, description)
+        self.workers[key] = worker
+        link.start()
+        self._apply_limits(description)
+        for lora in self._loras.values():
+            self._call(worker, "add_lora", [msgspec.to_builtins(lora)])
+        view = WorkerView(
+            key=key,
+            pool=pool,
+            model=description.fingerprint.SerializeToString(deterministic=True).hex(),
+            max_model_len_tokens=description.max_model_len_tokens,
+            kv_tokens=description.kv_blocks * description.block_size_tokens,
+        )
+        self._carry_out(self.scheduler.on_worker_up(view))
+        self._worker_up.set()
+        return key
+
+    async def disconnect(self, key: WorkerKey) -> None:
+        """The worker is gone: its requests go on elsewhere."""
+        worker = self.workers.pop(key, None)
+        if worker is None:
+            return
+        resumed = self.scheduler.on_worker_lost(key, self._clock())
+        self.metrics.resumed.inc(
+            sum(isinstance(a, StartPrefill | StartLocal) for a in resumed)
+        )
+        self._carry_out(resumed)
+        for call in worker.calls.values():
+            call.cancel()
+        await worker.link.close()
+
+    async def wait_for_worker(self) -> None:
+        await self._worker_up.wait()
+
+    def tick(self) -> None:
+        """To be called every TICK_S."""
+        self._carry_out(self.scheduler.on_tick(self._clock()))
+
+    # --- carrying out the scheduler's decisions ----------------------------------------------------
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case StartPrefill():
+                    self._start_prefill(action)
+                case StartDecode():
+                    self._start_decode(action)
+                case StartLocal():
+                    request = self._requests[action.request_id]
+                    add = self._leg(request, action.leg_id, action.resume_tokens)
+                    self._send(action.worker, worker_pb2.ToEngine(add=add))
+                case CancelLeg():
+                    abort = worker_pb2.AbortRequests(request_ids=[action.leg_id])
+                    self._send(action.worker, worker_pb2.ToEngine(abort=abort))
+                case DropTransfer():
+                    drop = worker_pb2.DropTransfer(transfer_id=action.transfer_id)
+                    self._send(action.worker, worker_pb2.ToEngine(drop=drop))
+                case FailRequest():
+                    self._fail(action.request_id, action.reason)
+                case Deliver():
+                    pass  # `_on_outputs` delivers, as it has the output
+
+    def _start_prefill(self, action: StartPrefill) -> None:
+        request = self._requests[action.request_id]
+        receiver = self.workers[action.receiver]
+        params = request.sampling_params.clone()
+        params.max_tokens = len(action.resume_tokens) + 1
+        one_token = msgspec.structs.replace(request, sampling_params=params)
+        add = self._leg(one_token, action.leg_id, action.resume_tokens)
+        add.send.CopyFrom(
+            worker_pb2.SendKv(
+                transfer_id=action.transfer_id,
+                address=receiver.description.kv_address,
+                worker_id=receiver.key.worker_id,
+                incarnation=receiver.key.incarnation,
+            )
+        )
+        self.tally.handoff_started()
+        self._send(action.worker, worker_pb2.ToEngine(add=add))
+
+    def _start_decode(self, action: StartDecode) -> None:
+        add = self._leg(self._requests[action.request_id], action.leg_id, action.resume_tokens)
+        add.receive.CopyFrom(
+            worker_pb2.ReceiveKv(
+                transfer_id=action.transfer_id,
+                worker_id=action.sender.worker_id,
+                incarnation=action.sender.incarnation,
+                deadline_s=self._handoff_deadline_s,
+            )
+        )
+        if action.sender in self.workers:
+            self.workers[action.sender].handoffs_out += 1
+        self._send(action.worker, worker_pb2.ToEngine(add=add))
+
+    def _leg(
+        self, request: EngineCoreRequest, leg_id: str, resume: tuple[int, ...]
+    ) -> worker_pb2.AddRequest:
+        leg = msgspec.structs.replace(request, request_id=leg_id)
+        encoded = [bytes(buffer) for buffer in self._encoder.encode(leg)]
+        return worker_pb2.AddRequest(request=encoded, resume_token_ids=resume)
+
+    def _send(self, key: WorkerKey, message: worker_pb2.ToEngine) -> None:
+        worker = self.workers.get(key)
+        if worker is not None:
+            worker.link.send(message)
+
+    def _fail(self, request_id: str, reason: str) -> None:
+        logger.error("request %s failed: %s", request_id, reason)
+        output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+        self._requests.pop(request_id, None)
+
+    def _ended(self, request_id: str, actions: list[Action]) -> list[Action]:
+        self._requests.pop(request_id, None)
+        return actions
+
+    # --- what workers say -----------------------------------------------------------------------------
+
+    def _on_message(self, worker: ConnectedWorker, message: worker_pb2.FromEngine) -> None:
+        match message.WhichOneof("kind"):
+            case "outputs":
+                worker.load = message.outputs.load
+                load = message.outputs.load
+                self.scheduler.on_load(worker.key, load.running, load.waiting, load.kv_usage)
+                self._on_outputs(worker, self._decoder.decode(list(message.outputs.outputs)))
+            case "adopted":
+                self._on_adopted(worker, message.adopted)
+            case "utility":
+                self._on_reply(worker, message.utility)
+            case "failed":
+                logger.error("the engine of %s failed: %s", worker.key, message.failed.message)
+
+    def _on_outputs(self, worker: ConnectedWorker, outputs: EngineCoreOutputs) -> None:
+        # Workers' clocks are their own; the front end takes differences against this process's.
+        now = self._clock()
+        shift_s = now - outputs.timestamp
+        outputs.timestamp = now
+        delivered: list[EngineCoreOutput] = []
+        for output in outputs.outputs:
+            life = self.scheduler.life_of_leg(output.request_id)
+            if life is None:
+                continue
+            finish = None if output.finish_reason is None else _FINISHES[output.finish_reason]
+            first_leg = not life.tokens
+            actions = self.scheduler.on_output(output.request_id, output.new_token_ids, finish)
+            for action in actions:
+                if isinstance(action, Deliver):
+                    output.request_id = action.request_id
+                    if action.finish is None:
+                        output.finish_reason = None
+                    for event in output.events or ():
+                        event.timestamp += shift_s
+                    if not first_leg:
+                        # Queueing and scheduling of a later leg are not the request's.
+                        output.events = None
+                    delivered.append(output)
+            self._carry_out(actions)
+            if life.done:
+                self.tally.request_ended(life.path)
+                self._requests.pop(life.ask.request_id, None)
+        if outputs.scheduler_stats is not None:
+            worker.stats = outputs.scheduler_stats
+            outputs.scheduler_stats = self._cluster_stats(outputs.scheduler_stats)
+        outputs.outputs = delivered
+        if delivered or outputs.scheduler_stats is not None:
+            self._outputs.put_nowait(outputs)
+
+    def _on_adopted(self, worker: ConnectedWorker, adopted: worker_pb2.Adopted) -> None:
+        life = self.scheduler.on_adopted(adopted.request_id, adopted.handed_over)
+        request_id = life.ask.request_id if life else adopted.request_id
+        sender = str(life.placement.prefill) if life and life.placement else ""
+        self.tally.handoff_ended(adopted, request_id, sender, str(worker.key))
+        if adopted.handed_over:
+            worker.handoffs_in += 1
+            worker.handoff_bytes_in += adopted.bytes
+        else:
+            logger.warning("%s recomputes %s: %s", worker.key, request_id, adopted.reason)
+
+    def _cluster_stats(self, latest: SchedulerStats) -> SchedulerStats:
+        """The front end shows one engine: gauges are summed over workers, counters are the
+        reporting worker's, which says everything once."""
+        stats = [worker.stats for worker in self.workers.values()] or [latest]
+        return dataclasses.replace(
+            latest,
+            num_running_reqs=sum(s.num_running_reqs for s in stats),
+            num_waiting_reqs=sum(s.num_waiting_reqs for s in stats),
+            num_skipped_waiting_reqs=sum(s.num_skipped_waiting_reqs for s in stats),
+            kv_cache_usage=sum(s.kv_cache_usage for s in stats) / len(stats),
+        )
+
+    # --- calls that go to every worker -------------------------------------------------------------
+
+    async def _call_all(self, method: str, *args: Any) -> list[Any]:
+        """Raises RuntimeError with the first worker's error."""
+        if not self.workers:
+            raise EngineDeadError()
+        calls = [self._call(worker, method, list(args)) for worker in self.workers.values()]
+        return list(await asyncio.wait_for(asyncio.gather(*calls), UTILITY_DEADLINE_S))
+
+    def _call(self, worker: ConnectedWorker, method: str, args: list[Any]) -> asyncio.Future[Any]:
+        self._calls += 1
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        worker.calls[self._calls] = future
+        call = worker_pb2.UtilityCall(
+            call_id=self._calls, method=method, args=msgspec.msgpack.encode(args)
+        )
+        worker.link.send(worker_pb2.ToEngine(utility=call))
+        return future
+
+    def _on_reply(self, worker: ConnectedWorker, reply: worker_pb2.UtilityReply) -> None:
+        future = worker.calls.pop(reply.call_id, None)
+        if future is None or future.done():
+            return
+        if reply.error:
+            future.set_exception(RuntimeError(f"{worker.key}: {reply.error}"))
+        else:
+            future.set_result(msgspec.msgpack.decode(reply.result))
+
+    async def get_supported_tasks_async(self) -> tuple[str, ...]:
+        await self.wait_for_worker()
+        return tuple(next(iter(self.workers.values())).description.supported_tasks)
+
+    async def reset_prefix_cache_async(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        return all(await self._call_all("reset_prefix_cache", reset_running_requests, False))
+
+    async def reset_mm_cache_async(self) -> None:
+        if self.workers:
+            await self._call_all("reset_mm_cache")
+
+    async def reset_encoder_cache_async(self) -> None:
+        await self._call_all("reset_encoder_cache")
+
+    async def profile_async(
+        self,
+        is_start: bool = True,
+        profile_prefix: str | None = None,
+        delay_iterations: int | None = None,
+        max_iterations: int | None = None,
+    ) -> None:
+        await self._call_all("profile", is_start, profile_prefix)
+
+    async def add_lora_async(self, lora_request: LoRARequest) -> bool:
+        added = all(await self._call_all("add_lora", msgspec.to_builtins(lora_request)))
+        if added:
+            self._loras[lora_request.lora_int_id] = lora_request
+        return added
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        self._loras.pop(lora_id, None)
+        return all(await self._call_all("remove_lora", lora_id))
+
+    async def list_loras_async(self) -> set[int]:
+        return set().union(*await self._call_all("list_loras"))
+
+    async def pin_lora_async(self, lora_id: int) -> bool:
+        return all(await self._call_all("pin_lora", lora_id))
+
+    async def is_sleeping_async(self) -> bool:
+        return False
+
+    async def pause_scheduler_async(self, mode: str = "abort", clear_cache: bool = True) -> None:
+        await self._call_all("pause_scheduler", mode, clear_cache)
+
+    async def resume_scheduler_async(self) -> None:
+        await self._call_all("resume_scheduler")
+
+    async def is_scheduler_paused_async(self) -> bool:
+        return all(await self._call_all("is_scheduler_paused"))
+
+    async def get_weight_version_async(self) -> str:
+        return str((await self._call_all("get_weight_version"))[0])
+
+    async def set_weight_version_async(self, weight_version: str) -> None:
+        await self._call_all("set_weight_version", weight_version)
+
+    def dp_engines_running(self) -> bool:
+        return False
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Links are closed by whoever opened them; see router.server."""
+
+    def _apply_limits(self, description: worker_pb2.WorkerDescription) -> None:
+        """What the workers found out at their start bounds what the front end may accept."""
+        model, cache = self.vllm_config.model_config, self.vllm_config.cache_config
+        model.max_model_len = min(model.max_model_len, description.max_model_len_tokens)
+        cache.block_size = description.block_size_tokens
+        cache.num_gpu_blocks = sum(w.description.kv_blocks for w in self.workers.values())
+
+
+def ask_of(request: EngineCoreRequest) -> Ask:
+    params = request.sampling_params
+    return Ask(
+        request_id=request.request_id,
+        prompt_tokens=len(request.prompt_token_ids or ()) or _embeds_length(request),
+        max_tokens=1 if params is None else params.max_tokens,
+        can_hand_over=(
+            params is not None
+            and params.prompt_logprobs is None
+            and request.prompt_embeds is None
+            and not request.mm_features
+        ),
+    )
+
+
+def _embeds_length(request: EngineCoreRequest) -> int:
+    return 0 if request.prompt_embeds is None else int(request.prompt_embeds.shape[0])

@@ -1,0 +1,3 @@
+from fastapi import APIRouter
+def dashboard_routes(s):
+    return APIRouter()

@@ -1,0 +1,66 @@
+"""What the operator's page shows, as plain data: the page and its tests need no cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+RECENT_HANDOFFS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    worker_id: str
+    incarnation: str
+    pool: str
+    state: str
+    address: str
+    node: str
+    accelerator: str
+    placement_reason: str
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    """Share of its KV cache in use, 0 to 1."""
+    inbox_bytes: int = 0
+    handoffs_in: int = 0
+    handoffs_out: int = 0
+    handoff_bytes_in: int = 0
+    detail: str = ""
+    """Why it failed, if it did."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffRow:
+    at_unix_s: float
+    request_id: str
+    sender: str
+    receiver: str
+    tokens: int
+    bytes: int
+    exposed_s: float
+    wire_s: float
+    result: str
+    """`handed over`, or why it was recomputed."""
+
+
+@dataclass(frozen=True, slots=True)
+class DashboardState:
+    cluster: str
+    model: str
+    router_id: str
+    version: str
+    uptime_s: float
+    workers: list[WorkerRow] = field(default_factory=list)
+    desired: dict[str, int] = field(default_factory=dict)
+    """Workers wanted, by pool."""
+    requests_by_path: dict[str, int] = field(default_factory=dict)
+    """Requests that ended: handed_over, kept_local, recomputed."""
+    requests_running: int = 0
+    requests_queued: int = 0
+    handoffs_started: int = 0
+    handoffs_completed: int = 0
+    handoffs_failed: int = 0
+    handoff_bytes: int = 0
+    recent_handoffs: list[HandoffRow] = field(default_factory=list)
+    """The newest first, RECENT_HANDOFFS at most."""
+    redis_reachable: bool = True

@@ -1,0 +1,86 @@
+"""A router's stream to one worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import grpc.aio
+
+from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+DESCRIBE_DEADLINE_S = 10.0
+OUTGOING_MAX = 10_000
+
+
+class WorkerLink:
+    """Connects, describes, then carries messages both ways until either end stops.
+
+    `on_message` and `on_lost` are called on the event loop; `on_lost` once, and not after `close`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        on_message: Callable[[worker_pb2.FromEngine], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self.address = address
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._channel = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
+        self._stub = worker_pb2_grpc.WorkerStub(self._channel)  # type: ignore[no-untyped-call]
+        self._outgoing: asyncio.Queue[worker_pb2.ToEngine | None] = asyncio.Queue(OUTGOING_MAX)
+        self._reader: asyncio.Task[None] | None = None
+
+    async def connect(self) -> worker_pb2.WorkerDescription:
+        """Raises grpc.aio.AioRpcError when the worker does not answer."""
+        description: worker_pb2.WorkerDescription = await self._stub.Describe(
+            worker_pb2.DescribeRequest(), timeout=DESCRIBE_DEADLINE_S
+        )
+        return description
+
+    def start(self) -> None:
+        self._reader = asyncio.create_task(self._read(), name=f"link {self.address}")
+
+    def send(self, message: worker_pb2.ToEngine) -> None:
+        """Never blocks. A worker that does not take messages any more is given up."""
+        try:
+            self._outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            if self._reader is not None:
+                self._reader.cancel()
+
+    async def close(self) -> None:
+        if self._reader is not None:
+            reader, self._reader = self._reader, None
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+        await self._channel.close()
+
+    async def _read(self) -> None:
+        reason = "it closed the stream"
+        try:
+            async for message in self._stub.Engine(self._requests()):
+                self._on_message(message)
+        except asyncio.CancelledError:
+            if self._reader is None:
+                raise
+            reason = f"it is {OUTGOING_MAX} messages behind"
+        except grpc.aio.AioRpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+        except Exception as error:
+            logger.exception("a message of %s cannot be handled", self.address)
+            reason = f"{type(error).__name__}: {error}"
+        if self._reader is not None:
+            self._on_lost(reason)
+
+    async def _requests(self) -> AsyncIterator[worker_pb2.ToEngine]:
+        with contextlib.suppress(asyncio.CancelledError):
+            while (message := await self._outgoing.get()) is not None:
+                yield message

@@ -1,0 +1,106 @@
+"""Keeps the router's links in step with the membership in Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+
+import grpc.aio
+
+from cluster.membership import REDIS_ERRORS, Membership, WorkerRecord, WorkerState
+from cluster.scheduler.view import WorkerKey
+from router.cluster_core import TICK_S, ClusterCore
+from router.metrics import RouterMetrics
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+
+
+class MemberWatcher:
+    """Connects to workers that become ready, and drops those that are gone.
+
+    A worker is gone when its link breaks or its lease has run out. With Redis out of reach leases
+    say nothing, and only broken links count.
+    """
+
+    def __init__(self, membership: Membership, core: ClusterCore, metrics: RouterMetrics) -> None:
+        self._membership = membership
+        self._core = core
+        self._metrics = metrics
+        self.records: list[WorkerRecord] = []
+        self.desired: dict[str, int] = {}
+        self.redis_reachable = True
+        self._lost: set[WorkerKey] = set()
+        self._changes: asyncio.Queue[WorkerKey] = asyncio.Queue()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                self.records = await self._membership.workers()
+                desired = await self._membership.desired()
+                self.desired = dataclasses.asdict(desired) if desired else {}
+                self.redis_reachable = True
+            except REDIS_ERRORS as error:
+                if self.redis_reachable:
+                    logger.warning("Redis is out of reach, keeping the workers known: %s", error)
+                self.redis_reachable = False
+            if self.redis_reachable:
+                await self._follow(self.records)
+            await self._drop_lost()
+            self._measure()
+            self._core.tick()
+
+    async def _follow(self, records: list[WorkerRecord]) -> None:
+        ready = {
+            WorkerKey(record.worker_id, record.incarnation): record
+            for record in records
+            if record.state in (WorkerState.READY, WorkerState.DRAINING)
+        }
+        for key in [key for key in self._core.workers if key not in ready]:
+            await self._drop(key, "its lease ran out")
+        for key, record in ready.items():
+            view = self._core.scheduler.view.workers.get(key)
+            if view is not None:
+                view.draining = record.state is WorkerState.DRAINING
+                view.pool = record.pool
+            elif key not in self._lost:
+                await self._connect(key, record)
+        self._lost &= set(ready)
+
+    async def _connect(self, key: WorkerKey, record: WorkerRecord) -> None:
+        def on_lost(reason: str) -> None:
+            logger.warning("worker %s is lost: %s", key, reason)
+            self._lost.add(key)
+            self._changes.put_nowait(key)
+
+        try:
+            found = await self._core.connect(record.address, record.pool, on_lost)
+        except grpc.aio.AioRpcError as error:
+            logger.warning("worker %s does not answer: %s", key, error.details())
+            return
+        if found != key:
+            logger.warning("%s was to be %s and is %s", record.address, key, found)
+            await self._core.disconnect(found)
+
+    async def _drop_lost(self) -> None:
+        """Wait out the poll's pause, acting at once on links that break."""
+        deadline = asyncio.get_running_loop().time() + min(POLL_S, TICK_S)
+        while (left_s := deadline - asyncio.get_running_loop().time()) > 0:
+            try:
+                key = await asyncio.wait_for(self._changes.get(), left_s)
+            except TimeoutError:
+                return
+            await self._drop(key, "its link broke")
+
+    async def _drop(self, key: WorkerKey, reason: str) -> None:
+        if key in self._core.workers:
+            logger.warning("worker %s is taken out: %s", key, reason)
+            await self._core.disconnect(key)
+
+    def _measure(self) -> None:
+        pools = [worker.pool for worker in self._core.workers.values()]
+        for pool in set(pools) | {record.pool for record in self.records}:
+            self._metrics.workers.labels(pool).set(pools.count(pool))
+        self._metrics.queued.set(self._core.scheduler.queued)

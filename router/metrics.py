@@ -1,0 +1,59 @@
+"""Baton's own metrics; vLLM's front end adds its `vllm:*` to the same registry."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from cluster.scheduler.life import Path
+
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+class RouterMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "baton_requests",
+            "Requests that ended, by the way their prompt's KV came to the worker that decoded.",
+            ["path"],
+            registry=registry,
+        )
+        for path in Path:
+            self.requests.labels(path)
+        self.handoffs_started = Counter(
+            "baton_handoffs_started", "KV hand-offs begun.", registry=registry
+        )
+        self.handoffs_completed = Counter(
+            "baton_handoffs_completed", "KV hand-offs adopted whole.", registry=registry
+        )
+        self.handoffs_failed = Counter(
+            "baton_handoffs_failed",
+            "KV hand-offs that did not arrive whole; the prompt was recomputed.",
+            registry=registry,
+        )
+        self.handoff_bytes = Counter(
+            "baton_handoff_bytes", "KV bytes adopted from another worker.", registry=registry
+        )
+        self.handoff_tokens = Counter(
+            "baton_handoff_tokens", "Tokens whose KV was adopted.", registry=registry
+        )
+        self.exposed_seconds = Histogram(
+            "baton_handoff_exposed_seconds",
+            "From the decode leg's arrival to its KV being whole: what computing did not hide.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.wire_seconds = Histogram(
+            "baton_handoff_wire_seconds",
+            "From a hand-off's first frame to its last, computing included.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.resumed = Counter(
+            "baton_requests_resumed",
+            "Requests that lost a worker and went on elsewhere.",
+            registry=registry,
+        )
+        self.workers = Gauge("baton_workers", "Workers in reach.", ["pool"], registry=registry)
+        self.queued = Gauge(
+            "baton_requests_queued", "Requests that wait for a worker.", registry=registry
+        )

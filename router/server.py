@@ -1,0 +1,183 @@
+"""The router's process: vLLM's OpenAI application over a ClusterCore."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import REGISTRY
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+
+from cluster.membership import (
+    REDIS_ERRORS,
+    Membership,
+    RouterRecord,
+    keep_lease,
+    open_redis,
+)
+from cluster.scheduler.policy import JoinShortestQueue, PlacementPolicy
+from cluster.scheduler.scheduler import Scheduler
+from cluster.vllm_args import parse_vllm_args
+from router.cluster_core import ClusterCore
+from router.dashboard.routes import dashboard_routes
+from router.dashboard.source import DashboardSource
+from router.members import MemberWatcher
+from router.metrics import RouterMetrics
+from router.settings import RouterSettings
+
+
+async def run_router(settings: RouterSettings) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        BadVllmArguments, OSError for a port in use, and what vLLM raises for a bad model.
+    """
+    args = router_args(settings)
+    # Bound before anything else is started, so that a port in use is found out at once.
+    listen_address, sock = setup_server(args, reuse_port=False)
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    metrics = RouterMetrics(REGISTRY)
+    scheduler = Scheduler(make_policy(settings), new_id=lambda: uuid.uuid4().hex[:12])
+
+    def make_core(vllm_config: VllmConfig) -> ClusterCore:
+        return ClusterCore(vllm_config, scheduler, metrics, settings.adopt_deadline_s)
+
+    with engine_core_made_by(make_core):
+        engine = AsyncLLM.from_vllm_config(
+            config,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=engine_args.enable_log_requests,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
+    core: ClusterCore = engine.engine_core
+    redis = open_redis(settings.redis_url)
+    membership = Membership(redis, settings.cluster, settings.lease_s)
+    watcher = MemberWatcher(membership, core, metrics)
+    background = [asyncio.create_task(watcher.run(), name="members")]
+    try:
+        await serve_when_ready(settings, args, engine, core, watcher, sock, membership, background)
+    finally:
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        with contextlib.suppress(*REDIS_ERRORS):
+            await membership.remove_router(settings.router_id)
+        for key in list(core.workers):
+            await core.disconnect(key)
+        await redis.aclose()
+        engine.shutdown()
+        sock.close()
+
+
+async def serve_when_ready(
+    settings: RouterSettings,
+    args: argparse.Namespace,
+    engine: AsyncLLM,
+    core: ClusterCore,
+    watcher: MemberWatcher,
+    sock: socket.socket,
+    membership: Membership,
+    background: list[asyncio.Task[None]],
+) -> None:
+    """Wait for the first worker, whose limits the front end needs, then serve."""
+    ready = asyncio.create_task(core.wait_for_worker())
+    stopped = stop_signal()
+    await asyncio.wait({ready, stopped, *background}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not ready.done():
+        ready.cancel()
+        return
+    await engine.reset_mm_cache()
+    tasks = await engine.get_supported_tasks()
+    app = build_app(args, tasks, engine.model_config)
+    await init_app_state(engine, app.state, args, tasks)
+    dashboard = DashboardSource(settings, core, watcher)
+    app.include_router(dashboard_routes(dashboard.state))
+    record = RouterRecord(settings.router_id, public_url(settings), os.getpid())
+    background.append(
+        asyncio.create_task(
+            keep_lease(
+                lambda: membership.put_router(record), settings.lease_s, asyncio.Event()
+            ),
+            name="lease",
+        )
+    )
+    shutdown = await serve_http(
+        app,
+        sock=sock,
+        host=args.host,
+        port=args.port,
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        ssl_ciphers=args.ssl_ciphers,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        h11_max_header_count=args.h11_max_header_count,
+    )
+    await shutdown
+
+
+def router_args(settings: RouterSettings) -> argparse.Namespace:
+    address = ["--host", settings.host, "--port", str(settings.port)]
+    return parse_vllm_args([*settings.vllm_args, *address])
+
+
+def make_policy(settings: RouterSettings) -> PlacementPolicy:
+    policies = {
+        "join_shortest_queue": lambda: JoinShortestQueue(settings.local_prompt_tokens),
+    }
+    return policies[settings.policy]()
+
+
+def public_url(settings: RouterSettings) -> str:
+    host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host
+    return f"http://{host}:{settings.port}"
+
+
+def stop_signal() -> asyncio.Future[None]:
+    """Done at the first SIGINT or SIGTERM; once it serves, vLLM's server handles them."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[None] = loop.create_future()
+
+    def stop() -> None:
+        if not stopped.done():
+            stopped.set_result(None)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stop)
+    return stopped
+
+
+@contextlib.contextmanager
+def engine_core_made_by(make_core: Callable[[VllmConfig], ClusterCore]) -> Iterator[None]:
+    """vLLM's front end makes its own engine core client; let it make ours instead."""
+    original = EngineCoreClient.make_async_mp_client
+
+    def make(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> ClusterCore:
+        return make_core(vllm_config)
+
+    EngineCoreClient.make_async_mp_client = staticmethod(make)
+    try:
+        yield
+    finally:
+        EngineCoreClient.make_async_mp_client = staticmethod(original)

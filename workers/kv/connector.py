@@ -1,0 +1,276 @@
+"""Baton's vLLM KV connector: pushes a prompt's KV layer by layer, and adopts KV that arrived whole.
+
+vLLM makes two of these, one in its scheduler and one in its model runner. What they do is small,
+because the decode leg is handed to vLLM only when its KV is complete and checked (see
+workers/engine.py): loading is then a copy within the step that needs it, which cannot fail halfway
+and holds no block while the network is slow.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.model_executor.models.utils import extract_layer_index
+
+from cluster.wire import kv_pb2, worker_pb2
+from workers import vllm_resume
+from workers.kv.endpoint import ENDPOINT_KEY, published
+from workers.kv.frames import checksum, digest_tokens
+from workers.kv.layout import PagedLayer, paged_layer
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+SEND, RECEIVE = "baton_send", "baton_receive"
+"""Keys of a request's kv_transfer_params: a SendKv message, and a transfer id."""
+
+FRAME_BYTES_MAX = 4 << 20
+
+vllm_resume.install()
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Copy tokens [first_token, first_token + tokens) of a whole transfer into blocks."""
+
+    transfer_id: str
+    block_ids: list[int]
+    first_token: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Push tokens [first_token, end_token) of a prompt, which are in the cache after this step."""
+
+    send: worker_pb2.SendKv
+    prompt_token_ids: list[int]
+    block_ids: list[int]
+    first_token: int
+    end_token: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.end_token == len(self.prompt_token_ids)
+
+
+@dataclass
+class StepHandoffs(KVConnectorMetadata):
+    loads: list[Load] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Sending:
+    request: Request
+    send: worker_pb2.SendKv
+    pushed_tokens: int = 0
+
+
+class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+        self._endpoint = published(extra[ENDPOINT_KEY])
+        self._loads: list[Load] = []
+        self._sending: dict[str, _Sending] = {}
+        self._layers: dict[int, PagedLayer] = {}
+        self._failed_block_ids: set[int] = set()
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A prompt preempted before its end is computed again and pushed from where it was; one
+        whose transfer is lost is recomputed by the decode worker. Nothing has to be held back."""
+        return False
+
+    # --- in the scheduler -------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        send = (request.kv_transfer_params or {}).get(SEND)
+        if send is not None:
+            self._sending[request.request_id] = _Sending(request, send)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return max(0, self._adoptable_tokens(request) - num_computed_tokens), False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        if num_external_tokens > 0:
+            self._loads.append(
+                Load(
+                    transfer_id=request.kv_transfer_params[RECEIVE],
+                    block_ids=list(blocks.get_block_ids()[0]),
+                    first_token=self._adoptable_tokens(request) - num_external_tokens,
+                    tokens=num_external_tokens,
+                )
+            )
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepHandoffs:
+        loads, self._loads = self._loads, []
+        saves: list[Save] = []
+        if self._sending:
+            cached = scheduler_output.scheduled_cached_reqs
+            computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            computed |= {
+                new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs
+            }
+            for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+                save = self._next_save(request_id, computed[request_id] + scheduled)
+                if save is not None:
+                    saves.append(save)
+        return StepHandoffs(loads, saves)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        sending = self._sending.pop(request.request_id, None)
+        if sending is not None:
+            self._endpoint.abort(sending.send.transfer_id, "the prefill was aborted")
+        transfer_id = (request.kv_transfer_params or {}).get(RECEIVE)
+        if transfer_id is not None:
+            self._endpoint.inbox.drop(transfer_id, "the request has ended")
+        # Whatever is on its way was copied when it was pushed: the blocks are free at once.
+        return False, None
+
+    def _adoptable_tokens(self, request: Request) -> int:
+        """Prompt tokens whose KV is in the inbox. The last token is always computed."""
+        transfer_id = (request.kv_transfer_params or {}).get(RECEIVE)
+        if transfer_id is None:
+            return 0
+        whole = self._endpoint.inbox.peek(transfer_id)
+        return min(whole[0], int(request.num_tokens) - 1) if whole else 0
+
+    def _next_save(self, request_id: str, computed_tokens: int) -> Save | None:
+        """What to push of a prompt of which `computed_tokens` are in the cache after this step.
+
+        From the first token on: what the prefix cache held is not computed in any step. And never
+        twice: after a preemption the same KV is computed again.
+        """
+        sending = self._sending.get(request_id)
+        if sending is None:
+            return None
+        prompt = sending.request.prompt_token_ids
+        end = min(computed_tokens, len(prompt))
+        if end <= sending.pushed_tokens:
+            return None
+        assert self._kv_cache_manager is not None
+        block_ids = self._kv_cache_manager.get_block_ids(request_id)[0]
+        save = Save(sending.send, prompt, list(block_ids), sending.pushed_tokens, end)
+        sending.pushed_tokens = end
+        if save.is_last:
+            del self._sending[request_id]
+        return save
+
+    # --- in the model runner ----------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        geometry = self._endpoint.inbox.geometry
+        for name, cache in kv_caches.items():
+            layer = paged_layer(cache, geometry.heads, geometry.head_size)
+            self._layers[extract_layer_index(name)] = layer
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        for load in self._step().loads:
+            frames = self._endpoint.inbox.take(load.transfer_id)
+            if frames is None:
+                # Dropped since it was scheduled: vLLM recomputes these blocks.
+                self._failed_block_ids.update(load.block_ids)
+                continue
+            for layer_index, layer_frames in frames.items():
+                for frame in layer_frames:
+                    self._adopt(load, self._layers[layer_index], frame.header.kv, frame.payload)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: `start_load_kv` has copied everything."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        for save in self._step().saves:
+            self._push_layer(save, extract_layer_index(layer_name))
+
+    def wait_for_save(self) -> None:
+        for save in self._step().saves:
+            if save.is_last:
+                self._endpoint.finish(save.send.transfer_id)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        failed, self._failed_block_ids = self._failed_block_ids, set()
+        return failed
+
+    def _step(self) -> StepHandoffs:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepHandoffs)
+        return metadata
+
+    def _push_layer(self, save: Save, layer_index: int) -> None:
+        transfer = self._endpoint.sending(
+            save.send, len(save.prompt_token_ids), lambda: digest_tokens(save.prompt_token_ids)
+        )
+        geometry = self._endpoint.inbox.geometry
+        layer = self._layers[layer_index]
+        step = max(1, FRAME_BYTES_MAX // geometry.frame_bytes(1, geometry.heads))
+        for first in range(save.first_token, save.end_token, step):
+            tokens = min(step, save.end_token - first)
+            payload = _bytes_of(layer.read(save.block_ids, first, tokens))
+            header = kv_pb2.FrameHeader(
+                transfer_id=save.send.transfer_id,
+                kv=kv_pb2.KvFrame(
+                    layer=layer_index,
+                    first_token=first,
+                    tokens=tokens,
+                    first_head=geometry.first_head,
+                    heads=geometry.heads,
+                    key_order=layer.key_order,  # type: ignore[arg-type]
+                    checksum=checksum(payload),
+                ),
+            )
+            transfer.push(header, payload)
+
+    def _adopt(
+        self, load: Load, layer: PagedLayer, kv: kv_pb2.KvFrame, payload: memoryview
+    ) -> None:
+        first = max(load.first_token, kv.first_token)
+        end = min(load.first_token + load.tokens, kv.first_token + kv.tokens)
+        if end <= first:
+            return
+        first_head = kv.first_head - self._endpoint.inbox.geometry.first_head
+        layer.write(
+            load.block_ids,
+            first,
+            end - first,
+            torch.frombuffer(payload, dtype=layer.keys.dtype),
+            payload_first=kv.first_token,
+            payload_tokens=kv.tokens,
+            key_order=kv.key_order,
+            heads=slice(first_head, first_head + kv.heads),
+        )
+
+
+def _bytes_of(payload: torch.Tensor) -> memoryview:
+    return memoryview(payload.cpu().view(torch.uint8).numpy()).cast("B")

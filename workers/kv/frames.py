@@ -1,0 +1,72 @@
+"""Frames of a KV hand-off: a typed header and raw bytes, in one message.
+
+A frame is `uint32 header bytes | FrameHeader | zeros to a multiple of 16 | payload`. The padding
+puts the payload on an address that tensors can be made of without copying it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from cluster.wire import kv_pb2
+
+ALIGNMENT_BYTES = 16
+_LENGTH = struct.Struct("<I")
+
+
+class BadFrame(Exception):
+    """A frame that does not parse, or whose payload is not what its header says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    header: kv_pb2.FrameHeader
+    payload: memoryview
+
+
+def digest_tokens(token_ids: Sequence[int]) -> bytes:
+    """16 bytes that tell one prompt from another."""
+    return xxhash.xxh3_128_digest(b"".join(t.to_bytes(4, "little") for t in token_ids))
+
+
+def checksum(payload: bytes | memoryview) -> int:
+    return xxhash.xxh3_64_intdigest(payload)
+
+
+def encode_frame(header: kv_pb2.FrameHeader, payload: bytes | memoryview = b"") -> bytes:
+    encoded = header.SerializeToString()
+    start = _LENGTH.size + len(encoded)
+    padding = -start % ALIGNMENT_BYTES
+    return b"".join((_LENGTH.pack(len(encoded)), encoded, bytes(padding), payload))
+
+
+def decode_frame(message: bytes) -> Frame:
+    """Parse a frame and check its payload against its checksum.
+
+    Raises:
+        BadFrame: it is truncated, malformed, or damaged.
+    """
+    if len(message) < _LENGTH.size:
+        raise BadFrame(f"a frame of {len(message)} bytes has no header")
+    (header_bytes,) = _LENGTH.unpack_from(message)
+    end = _LENGTH.size + header_bytes
+    if end > len(message):
+        raise BadFrame(f"a frame of {len(message)} bytes cannot hold a header of {header_bytes}")
+    header = kv_pb2.FrameHeader()
+    try:
+        header.ParseFromString(message[_LENGTH.size : end])
+    except Exception as error:
+        raise BadFrame(f"its header does not parse: {error}") from error
+    if header.WhichOneof("kind") is None:
+        raise BadFrame("its header is of no known kind")
+    payload = memoryview(message)[min(len(message), end + -end % ALIGNMENT_BYTES) :]
+    if header.WhichOneof("kind") == "kv" and checksum(payload) != header.kv.checksum:
+        raise BadFrame(
+            f"layer {header.kv.layer}, tokens from {header.kv.first_token}: the payload does not "
+            "match its checksum"
+        )
+    return Frame(header, payload)

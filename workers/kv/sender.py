@@ -1,0 +1,251 @@
+"""Pushing KV to another worker's inbox: one gRPC stream a transfer, fed by the engine's thread."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+
+from cluster.wire import GRPC_OPTIONS, kv_pb2, kv_pb2_grpc, worker_pb2
+from workers.kv.frames import encode_frame
+
+logger = logging.getLogger(__name__)
+
+PUSH_METHOD = "/baton.v1.KvInbox/Push"
+PAIR_DEADLINE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this worker is to the one that receives."""
+
+    worker_id: str
+    incarnation: str
+    fingerprint: worker_pb2.Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    transfer_id: str
+    delivered: bool
+    reason: str
+    bytes: int
+
+
+class _Peer:
+    """A channel to one worker incarnation, paired before its first transfer."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
+        self.push = self.channel.stream_unary(PUSH_METHOD)
+        self._inbox = kv_pb2_grpc.KvInboxStub(self.channel)  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()
+        self._reply: kv_pb2.PairReply | None = None
+
+    def pair(self, request: kv_pb2.PairRequest) -> kv_pb2.PairReply:
+        with self._lock:
+            if self._reply is None or not self._reply.accepted:
+                reply: kv_pb2.PairReply = self._inbox.Pair(request, timeout=PAIR_DEADLINE_S)
+                self._reply = reply
+            return self._reply
+
+
+class Transfer:
+    """One prompt's KV on its way. `push` may block: staged bytes are bounded by the sender."""
+
+    def __init__(self, sender: Sender, send: worker_pb2.SendKv, deadline_s: float) -> None:
+        self.transfer_id = send.transfer_id
+        self._sender = sender
+        self._send = send
+        # Bounded by the bytes that `Sender.stage` lets through.
+        self._frames: queue.SimpleQueue[tuple[bytes, int] | None] = queue.SimpleQueue()
+        self._deadline_s = deadline_s
+        self._closed = False
+        self._bytes = 0
+        self._staged = 0
+        self._lock = threading.Lock()
+        self.done = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name=f"kv-send-{send.transfer_id[:8]}", daemon=True
+        )
+
+    def start(self, opened: kv_pb2.OpenTransfer) -> None:
+        header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, open=opened)
+        self._frames.put((encode_frame(header), 0))
+        self._thread.start()
+
+    def push(self, header: kv_pb2.FrameHeader, payload: memoryview) -> None:
+        """Stage one frame. A transfer that already ended takes it and forgets it."""
+        if self._closed or self.done.is_set():
+            return
+        frame = encode_frame(header, payload)
+        if not self._sender.stage(len(frame), self._deadline_s):
+            self.abort(f"{self._sender.max_staged_bytes} bytes are already waiting to be sent")
+            return
+        with self._lock:
+            if self.done.is_set():
+                self._sender.unstage(len(frame))
+                return
+            self._staged += len(frame)
+            self._bytes += len(payload)
+        self._frames.put((frame, len(frame)))
+
+    def finish(self) -> None:
+        """All frames are pushed."""
+        if not self._closed:
+            self._closed = True
+            self._frames.put(None)
+
+    def abort(self, reason: str) -> None:
+        """Tell the receiver that the rest will not come."""
+        if not self._closed:
+            abort = kv_pb2.AbortTransfer(reason=reason)
+            header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, abort=abort)
+            self._frames.put((encode_frame(header), 0))
+            self.finish()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            delivered, reason = self._deliver()
+        except grpc.RpcError as error:
+            delivered, reason = False, f"{self._send.address}: {_describe(error)}"
+        except Exception as error:
+            logger.exception("transfer %s failed", self.transfer_id)
+            delivered, reason = False, str(error)
+        with self._lock:
+            self.done.set()
+            staged, self._staged = self._staged, 0
+        self._sender.unstage(staged)
+        self._sender.ended(self, Sent(self.transfer_id, delivered, reason, self._bytes))
+
+    def _deliver(self) -> tuple[bool, str]:
+        peer = self._sender.peer(self._send)
+        paired = peer.pair(self._sender.pair_request(self._send))
+        if not paired.accepted:
+            return False, paired.reason
+        reply = peer.push(self._iterate(), timeout=self._deadline_s)
+        result = kv_pb2.TransferResult.FromString(reply)
+        return result.delivered, result.reason
+
+    def _iterate(self) -> Iterator[bytes]:
+        deadline_at = time.monotonic() + self._deadline_s
+        while True:
+            try:
+                staged = self._frames.get(timeout=max(0.0, deadline_at - time.monotonic()))
+            except queue.Empty:
+                return
+            if staged is None:
+                return
+            frame, size_bytes = staged
+            yield frame
+            # gRPC asks for the next frame when it has taken this one over.
+            with self._lock:
+                size_bytes = min(size_bytes, self._staged)
+                self._staged -= size_bytes
+            self._sender.unstage(size_bytes)
+
+
+class Sender:
+    """All transfers of this worker, and a bound on the bytes that wait to be sent."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        max_staged_bytes: int,
+        transfer_deadline_s: float,
+        on_sent: Callable[[Sent], None],
+    ) -> None:
+        self._identity = identity
+        self.max_staged_bytes = max_staged_bytes
+        self._deadline_s = transfer_deadline_s
+        self._on_sent = on_sent
+        self._staged = 0
+        self._room = threading.Condition()
+        self._peers: dict[tuple[str, str], _Peer] = {}
+        self._peers_lock = threading.Lock()
+        self._transfers: set[Transfer] = set()
+
+    @property
+    def staged_bytes(self) -> int:
+        return self._staged
+
+    @property
+    def transfers(self) -> int:
+        return len(self._transfers)
+
+    def open(self, send: worker_pb2.SendKv, tokens: int, prompt_digest: bytes) -> Transfer:
+        transfer = Transfer(self, send, self._deadline_s)
+        self._transfers.add(transfer)
+        transfer.start(
+            kv_pb2.OpenTransfer(
+                tokens=tokens,
+                prompt_digest=prompt_digest,
+                from_worker_id=self._identity.worker_id,
+                from_incarnation=self._identity.incarnation,
+                to_incarnation=send.incarnation,
+            )
+        )
+        return transfer
+
+    def stage(self, size_bytes: int, deadline_s: float) -> bool:
+        """Wait for room. A frame larger than the whole bound goes alone."""
+        with self._room:
+            fits = self._room.wait_for(
+                lambda: self._staged == 0 or self._staged + size_bytes <= self.max_staged_bytes,
+                deadline_s,
+            )
+            if fits:
+                self._staged += size_bytes
+            return fits
+
+    def unstage(self, size_bytes: int) -> None:
+        with self._room:
+            self._staged -= size_bytes
+            self._room.notify_all()
+
+    def peer(self, send: worker_pb2.SendKv) -> _Peer:
+        key = (send.address, send.incarnation)
+        with self._peers_lock:
+            peer = self._peers.get(key)
+            if peer is None:
+                for stale in [k for k in self._peers if k[0] == send.address]:
+                    self._peers.pop(stale).channel.close()
+                peer = self._peers[key] = _Peer(send.address)
+            return peer
+
+    def pair_request(self, send: worker_pb2.SendKv) -> kv_pb2.PairRequest:
+        return kv_pb2.PairRequest(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            fingerprint=self._identity.fingerprint,
+            to_worker_id=send.worker_id,
+            to_incarnation=send.incarnation,
+        )
+
+    def ended(self, transfer: Transfer, sent: Sent) -> None:
+        self._transfers.discard(transfer)
+        self._on_sent(sent)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        for transfer in list(self._transfers):
+            transfer.abort("the worker is stopping")
+        with self._peers_lock:
+            peers, self._peers = list(self._peers.values()), {}
+        for transfer in list(self._transfers):
+            transfer.join(timeout_s)
+        for peer in peers:
+            peer.channel.close()
+
+
+def _describe(error: grpc.RpcError) -> str:
+    if isinstance(error, grpc.Call):
+        return f"{error.code().name}: {error.details()}"
+    return str(error)

@@ -1,0 +1,58 @@
+"""A worker's record in the membership: its state while it starts, its lease while it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+
+import redis.asyncio
+
+from cluster.membership import (
+    REDIS_ERRORS,
+    Membership,
+    WorkerRecord,
+    WorkerState,
+    keep_lease,
+    open_redis,
+)
+from cluster.scheduler.view import Pool
+from workers.settings import WorkerSettings
+
+
+class Registration:
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._redis: redis.asyncio.Redis = open_redis(settings.redis_url)
+        self._membership = Membership(self._redis, settings.cluster, settings.lease_s)
+        self._changed = asyncio.Event()
+        self.record = WorkerRecord(
+            worker_id=settings.worker_id,
+            incarnation=settings.incarnation,
+            pool=Pool(settings.pool),
+            state=WorkerState.STARTING,
+            accelerator=settings.accelerator,
+            node=settings.node,
+            pid=os.getpid(),
+            placement_reason=settings.placement_reason,
+        )
+        self._task = asyncio.create_task(
+            keep_lease(self._write, settings.lease_s, self._changed), name="lease"
+        )
+
+    def update(self, state: WorkerState, address: str = "", detail: str = "") -> None:
+        self.record = dataclasses.replace(
+            self.record, state=state, address=address or self.record.address, detail=detail
+        )
+        self._changed.set()
+
+    async def close(self) -> None:
+        """Leave: routers see it at once, not when the lease runs out."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        with contextlib.suppress(*REDIS_ERRORS):
+            await self._membership.remove_worker(self.record.worker_id)
+        await self._redis.aclose()
+
+    async def _write(self) -> None:
+        await self._membership.put_worker(self.record)

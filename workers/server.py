@@ -1,0 +1,166 @@
+"""A worker's gRPC server: the engine for routers, the inbox for other workers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc
+import grpc.aio
+import msgspec
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from cluster.wire import worker_pb2, worker_pb2_grpc
+from workers.engine import EngineHost, encode_result
+
+logger = logging.getLogger(__name__)
+
+SERVICES = ("baton.v1.Worker", "baton.v1.KvInbox")
+LINK_MESSAGES_MAX = 10_000
+"""Messages a router may be behind before it is taken for dead."""
+
+
+@dataclass(slots=True)
+class _Link:
+    """One router's stream."""
+
+    client: int
+    outgoing: asyncio.Queue[worker_pb2.FromEngine | None] = field(
+        default_factory=lambda: asyncio.Queue(LINK_MESSAGES_MAX)
+    )
+    request_ids: set[str] = field(default_factory=set)
+
+
+class WorkerService(worker_pb2_grpc.WorkerServicer):
+    """Bridges the engine's thread and the event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._links: dict[int, _Link] = {}
+        self._next_client = 0
+        self._encoder = MsgpackEncoder()
+        self.failed: asyncio.Future[str] = loop.create_future()
+        self.description = worker_pb2.WorkerDescription()
+        self.engine: EngineHost | None = None
+
+    async def Describe(  # noqa: N802 - gRPC's name
+        self,
+        request: worker_pb2.DescribeRequest,
+        context: grpc.aio.ServicerContext[
+            worker_pb2.DescribeRequest, worker_pb2.WorkerDescription
+        ],
+    ) -> worker_pb2.WorkerDescription:
+        return self.description
+
+    async def Engine(  # noqa: N802 - gRPC's name
+        self,
+        requests: AsyncIterator[worker_pb2.ToEngine],
+        context: grpc.aio.ServicerContext[worker_pb2.ToEngine, worker_pb2.FromEngine],
+    ) -> AsyncIterator[worker_pb2.FromEngine]:
+        assert self.engine is not None, "served before the engine was ready"
+        self._next_client += 1
+        link = self._links[self._next_client] = _Link(self._next_client)
+        reader = asyncio.create_task(self._read(link, requests))
+        try:
+            while (message := await link.outgoing.get()) is not None:
+                yield message
+        finally:
+            reader.cancel()
+            del self._links[link.client]
+            if link.request_ids:
+                logger.info("a router left; aborting its %d requests", len(link.request_ids))
+                self.engine.abort(list(link.request_ids))
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read(self, link: _Link, requests: AsyncIterator[worker_pb2.ToEngine]) -> None:
+        assert self.engine is not None
+        try:
+            async for message in requests:
+                kind = message.WhichOneof("kind")
+                if kind == "add":
+                    link.request_ids.add(self.engine.add(link.client, message.add))
+                elif kind == "abort":
+                    self.engine.abort(list(message.abort.request_ids))
+                    link.request_ids.difference_update(message.abort.request_ids)
+                elif kind == "drop":
+                    self.engine.drop_transfer(message.drop.transfer_id)
+                elif kind == "utility":
+                    call = message.utility
+                    args = msgspec.msgpack.decode(call.args)
+                    self.engine.call(link.client, call.call_id, call.method, args)
+        except grpc.aio.BaseError as error:
+            logger.info("a router's stream broke: %s", error)
+        finally:
+            await link.outgoing.put(None)
+
+    # --- EngineListener, called on the engine's thread ----------------------------------------
+
+    def on_outputs(
+        self, client: int, outputs: EngineCoreOutputs, load: worker_pb2.WorkerLoad
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._send_outputs, client, outputs, load)
+
+    def on_adopted(self, client: int, adopted: worker_pb2.Adopted) -> None:
+        message = worker_pb2.FromEngine(adopted=adopted)
+        self._loop.call_soon_threadsafe(self._send, client, message)
+
+    def on_utility(self, client: int, call_id: int, output: UtilityOutput) -> None:
+        reply = worker_pb2.UtilityReply(call_id=call_id)
+        if output.failure_message is not None:
+            reply.error = output.failure_message
+        else:
+            reply.result = encode_result(output)
+        message = worker_pb2.FromEngine(utility=reply)
+        self._loop.call_soon_threadsafe(self._send, client, message)
+
+    def on_failed(self, message: str) -> None:
+        self._loop.call_soon_threadsafe(self._fail, message)
+
+    # --- on the event loop ----------------------------------------------------------------------
+
+    def _send_outputs(
+        self, client: int, outputs: EngineCoreOutputs, load: worker_pb2.WorkerLoad
+    ) -> None:
+        link = self._links.get(client)
+        if link is None:
+            return
+        for output in outputs.outputs:
+            if output.finish_reason is not None:
+                link.request_ids.discard(output.request_id)
+        buffers = [bytes(buffer) for buffer in self._encoder.encode(outputs)]
+        step = worker_pb2.StepOutputs(outputs=buffers, load=load)
+        self._send(client, worker_pb2.FromEngine(outputs=step))
+
+    def _send(self, client: int, message: worker_pb2.FromEngine) -> None:
+        link = self._links.get(client)
+        if link is None:
+            return
+        try:
+            link.outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            logger.error("a router is %d messages behind: closing its stream", LINK_MESSAGES_MAX)
+            link.outgoing.get_nowait()
+            link.outgoing.put_nowait(None)
+
+    def _fail(self, message: str) -> None:
+        failed = worker_pb2.FromEngine(failed=worker_pb2.EngineFailed(message=message))
+        for client in list(self._links):
+            self._send(client, failed)
+        if not self.failed.done():
+            self.failed.set_result(message)
+
+
+async def add_standard_services(server: grpc.aio.Server) -> health.aio.HealthServicer:
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    for service in ("", *SERVICES):
+        await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection(
+        (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    return servicer

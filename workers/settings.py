@@ -1,0 +1,48 @@
+"""What a worker is told at its start."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffSettings:
+    inbox_bytes: int = 1 << 30
+    """KV that may wait here for its decode leg."""
+    staged_bytes: int = 256 << 20
+    """KV that may wait here to be sent; prefill pauses at this bound."""
+    transfer_deadline_s: float = 60.0
+    """For one transfer, from its first layer to the receiver's answer."""
+    idle_s: float = 30.0
+    """An untouched transfer is dropped after this time."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    worker_id: str
+    incarnation: str
+    vllm_args: list[str]
+    """Arguments of `vllm serve`, the model among them."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    accelerator: str = ""
+    cpu_ids: list[int] = field(default_factory=list)
+    """Cores this worker keeps to; empty: all. vLLM's own choice puts every worker on the same."""
+    handoff: HandoffSettings = HandoffSettings()
+
+    # Membership; without a URL the worker is known only to whoever started it.
+    redis_url: str = ""
+    cluster: str = "baton"
+    lease_s: float = 3.0
+    pool: str = "prefill"
+    node: str = ""
+    placement_reason: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> WorkerSettings:
+        values = json.loads(text)
+        return WorkerSettings(**{**values, "handoff": HandoffSettings(**values["handoff"])})

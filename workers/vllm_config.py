@@ -1,0 +1,104 @@
+"""From `vllm serve` arguments to a worker's engine configuration. One of the few files that know
+vLLM's internals; see tests/integration/test_vllm_seams.py."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+from cluster.vllm_args import parse_vllm_args
+from cluster.wire import worker_pb2
+from workers.kv.endpoint import ENDPOINT_KEY
+from workers.kv.inbox import KvGeometry
+
+WEIGHT_SAMPLE_BYTES = 1 << 20
+
+
+class UnsupportedModel(Exception):
+    """The model's KV is of a kind that Baton cannot hand over yet."""
+
+
+def engine_config(vllm_args: Sequence[str], endpoint: str) -> VllmConfig:
+    """The engine's configuration, with Baton's connector in it.
+
+    Raises:
+        UnsupportedModel, and whatever vLLM raises for a bad model or value.
+    """
+    args = AsyncEngineArgs.from_cli_args(parse_vllm_args(vllm_args))
+    if args.tensor_parallel_size > 1 or args.pipeline_parallel_size > 1:
+        raise UnsupportedModel(
+            "--tensor-parallel-size and --pipeline-parallel-size above 1 are not supported yet: "
+            "a worker's engine runs in one process"
+        )
+    args.kv_transfer_config = KVTransferConfig(
+        kv_connector="BatonConnector",
+        kv_connector_module_path="workers.kv.connector",
+        kv_role="kv_both",
+        kv_connector_extra_config={ENDPOINT_KEY: endpoint},
+        kv_load_failure_policy="recompute",
+    )
+    config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    model = config.model_config
+    if model.is_hybrid or model.use_mla or model.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"{model.model}: only models whose every layer keeps keys and values of all tokens "
+            "can be handed over (no Mamba, MLA or encoder-decoder models yet)"
+        )
+    return config
+
+
+def geometry(config: VllmConfig) -> KvGeometry:
+    model, parallel = config.model_config, config.parallel_config
+    dtype = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)
+    return KvGeometry(
+        layers=model.get_num_layers(parallel),
+        first_head=0,
+        heads=model.get_num_kv_heads(parallel),
+        head_size=model.get_head_size(),
+        element_bytes=torch.empty(0, dtype=dtype).element_size(),
+    )
+
+
+def fingerprint(config: VllmConfig) -> worker_pb2.Fingerprint:
+    model, shape = config.model_config, geometry(config)
+    return worker_pb2.Fingerprint(
+        # The path may differ from host to host; what it holds may not.
+        model=model.served_model_name if isinstance(model.served_model_name, str) else "",
+        revision=str(model.revision or ""),
+        weights=weights_digest(model.model, model.hf_config),
+        dtype=str(model.dtype),
+        kv_dtype=str(kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)),
+        layers=shape.layers,
+        kv_heads=shape.heads,
+        head_size=shape.head_size,
+        vllm_version=vllm.__version__,
+        baton_version=importlib.metadata.version("baton"),
+    )
+
+
+def weights_digest(model: str, hf_config: Any) -> str:
+    """Tells two models of one shape apart: the configuration, and the sizes and a sample of the
+    weight files where the model is a folder."""
+    described: dict[str, Any] = hf_config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version"):
+        described.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    folder = Path(model)
+    if folder.is_dir():
+        for file in sorted(folder.glob("*.safetensors")):
+            digest.update(f"{file.name}:{file.stat().st_size}".encode())
+            with file.open("rb") as weights:
+                weights.seek(max(0, file.stat().st_size - WEIGHT_SAMPLE_BYTES))
+                digest.update(weights.read(WEIGHT_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,47 @@
+"""Resuming a request: the engine goes on after output tokens that it did not generate itself.
+
+The decode leg goes on after the first token, and failover after all that the client has seen.
+To vLLM's scheduler such a request looks like one that was preempted. Its V1 model runner, though,
+starts every new request without outputs; the one thing changed here is the state it makes for it.
+(The V2 model runner takes prompt and outputs together and needs no help.)
+
+The request then differs in nothing from one that ran here from the start: penalties, min_tokens,
+bad words, a seed's generator and structured output all see the same history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+RESUME = "baton_resume"
+"""Key of SamplingParams.extra_args: the output token ids the request goes on after."""
+
+RESUME_VOCAB = "baton_resume_vocab"
+"""Key of SamplingParams.extra_args: entries of the vocabulary, for seeded requests."""
+
+
+class ResumableRequestState(CachedRequestState):  # type: ignore[misc]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        extra = (self.sampling_params.extra_args or {}) if self.sampling_params else {}
+        resumed: Sequence[int] = extra.get(RESUME, ())
+        if resumed and not self.output_token_ids:
+            self.output_token_ids.extend(resumed)
+            if self.generator is not None:
+                self._skip_draws(len(resumed), int(extra[RESUME_VOCAB]))
+
+    def _skip_draws(self, tokens: int, vocab_size: int) -> None:
+        """Bring a seeded generator to where it stands after `tokens` sampled tokens: vLLM draws
+        one exponential variate for each entry of the vocabulary and token."""
+        draw = torch.empty(vocab_size, dtype=torch.float32, device=self.generator.device)
+        for _ in range(tokens):
+            draw.exponential_(generator=self.generator)
+
+
+def install() -> None:
+    """Let this process's V1 model runner resume requests. Calling it again changes nothing."""
+    gpu_model_runner.CachedRequestState = ResumableRequestState

@@ -1,0 +1,136 @@
+"""A worker: engine, inbox and gRPC server in one process. Started by the Ray actor, or alone by
+`python -m workers` for tests and for those who manage processes themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+import warnings
+from dataclasses import dataclass
+
+import grpc.aio
+
+from cluster.membership import WorkerState
+from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
+from workers.engine import EngineHost
+from workers.kv.endpoint import KvEndpoint, publish, withdraw
+from workers.kv.inbox import Inbox
+from workers.kv.sender import Identity, Sender, Sent
+from workers.kv.service import KvInboxService
+from workers.registration import Registration
+from workers.server import WorkerService, add_standard_services
+from workers.settings import WorkerSettings
+from workers.vllm_config import engine_config, fingerprint, geometry
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_S = 2.0
+ENGINE_STOP_S = 10.0
+
+
+@dataclass(slots=True)
+class Worker:
+    settings: WorkerSettings
+    service: WorkerService
+    engine: EngineHost
+    endpoint: KvEndpoint
+    server: grpc.aio.Server
+    endpoint_name: str
+    registration: Registration | None
+
+    @property
+    def description(self) -> worker_pb2.WorkerDescription:
+        return self.service.description
+
+    @classmethod
+    async def start(cls, settings: WorkerSettings) -> Worker:
+        """Load the model and serve. Returns when requests can come.
+
+        Raises:
+            whatever vLLM raises for a bad model or too little memory; OSError for a port in use.
+        """
+        # Payloads are read where gRPC put them, and gRPC's bytes are read-only: so are our reads.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        loop = asyncio.get_running_loop()
+        endpoint_name = uuid.uuid4().hex
+        registration = Registration(settings) if settings.redis_url else None
+        if registration:
+            registration.update(WorkerState.LOADING)
+        config = await loop.run_in_executor(
+            None, engine_config, settings.vllm_args, endpoint_name
+        )
+        identity = Identity(settings.worker_id, settings.incarnation, fingerprint(config))
+        endpoint = KvEndpoint(
+            Inbox(
+                geometry(config),
+                settings.incarnation,
+                settings.handoff.inbox_bytes,
+                settings.handoff.idle_s,
+                time.monotonic,
+            ),
+            Sender(
+                identity,
+                settings.handoff.staged_bytes,
+                settings.handoff.transfer_deadline_s,
+                _log_sent,
+            ),
+        )
+        publish(endpoint_name, endpoint)
+        service = WorkerService(loop)
+        engine = EngineHost(config, endpoint, service)
+        await loop.run_in_executor(None, engine.start)
+
+        server = grpc.aio.server(options=GRPC_OPTIONS)
+        worker_pb2_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        KvInboxService(
+            endpoint.inbox, identity.worker_id, identity.incarnation, identity.fingerprint
+        ).register(server)
+        await add_standard_services(server)
+        port = server.add_insecure_port(f"{settings.host}:{settings.port}")
+        service.engine = engine
+        address = f"{settings.host}:{port}"
+        service.description = _describe(settings, engine, endpoint, identity, address)
+        await server.start()
+        if registration:
+            registration.update(WorkerState.READY, address)
+        return cls(settings, service, engine, endpoint, server, endpoint_name, registration)
+
+    async def stop(self) -> None:
+        if self.registration:
+            await self.registration.close()
+        await self.server.stop(STOP_GRACE_S)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self.engine.stop, ENGINE_STOP_S)
+        await loop.run_in_executor(None, self.endpoint.sender.close)
+        withdraw(self.endpoint_name)
+
+
+def _describe(
+    settings: WorkerSettings,
+    engine: EngineHost,
+    endpoint: KvEndpoint,
+    identity: Identity,
+    address: str,
+) -> worker_pb2.WorkerDescription:
+    vllm_config = engine.core.vllm_config
+    return worker_pb2.WorkerDescription(
+        worker_id=settings.worker_id,
+        incarnation=settings.incarnation,
+        fingerprint=identity.fingerprint,
+        kv_address=address,
+        accelerator=settings.accelerator,
+        max_model_len_tokens=vllm_config.model_config.max_model_len,
+        kv_blocks=vllm_config.cache_config.num_gpu_blocks or 0,
+        block_size_tokens=vllm_config.cache_config.block_size,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        kv_bytes_per_token=endpoint.inbox.geometry.bytes_per_token,
+        supported_tasks=list(engine.core.get_supported_tasks()),
+    )
+
+
+def _log_sent(sent: Sent) -> None:
+    if not sent.delivered:
+        logger.warning("transfer %s was not delivered: %s", sent.transfer_id, sent.reason)
