@@ -346,7 +346,7 @@ def _all_reduce_s(
         return 0.0
     one_way = accelerator.interconnect_gb_s(tensor_parallel) * 1e9 / 2 * LINK_EFFICIENCY
     moved = tokens * model.hidden * ACTIVATION_BYTES * 2 * (tensor_parallel - 1) / tensor_parallel
-    return 0 * model.layers * (moved / one_way + ALL_REDUCE_LATENCY_S)
+    return 2 * model.layers * (moved / one_way + ALL_REDUCE_LATENCY_S)
 
 
 def _check(tokens: int, tensor_parallel: int) -> None:

@@ -285,12 +285,16 @@ def kind(one: Node | str) -> str:
 def test_every_placement_holds(
     nodes: list[Node], wanted: PlacementRequest, shuffle: random.Random
 ) -> None:
-    placements = attempt(nodes, wanted)
     reordered = list(nodes)
     shuffle.shuffle(reordered)
-    assert attempt(reordered, wanted) == placements
-    if placements is None:
+    try:
+        placements = place(nodes, wanted, CATALOGUE)
+    except NotEnoughCapacity as error:
+        with pytest.raises(NotEnoughCapacity) as again:
+            place(reordered, wanted, CATALOGUE)
+        assert str(again.value) == str(error)
         return
+    assert place(reordered, wanted, CATALOGUE) == placements
     counts = Counter(one.role for one in placements)
     assert (counts["prefill"], counts["decode"]) == (wanted.prefill_workers, wanted.decode_workers)
     by_id = {one.id: one for one in nodes}
@@ -319,7 +323,9 @@ def rate(one: Node, role: Role, wanted: PlacementRequest) -> float:
 
 def brute_force(nodes: list[Node], wanted: PlacementRequest) -> float | None:
     """The best product of the two throughputs over every way to put the workers on the nodes."""
-    roles: list[Role] = ["prefill"] * wanted.prefill_workers + ["decode"] * wanted.decode_workers
+    prefill: list[Role] = ["prefill"] * wanted.prefill_workers
+    decode: list[Role] = ["decode"] * wanted.decode_workers
+    roles = prefill + decode
     best: float | None = None
     for choice in product(nodes, repeat=len(roles)):
         totals = {"prefill": 0.0, "decode": 0.0}

