@@ -86,6 +86,12 @@ class BatonConfig(BaseSettings):
     )
     lease_s: float = Field(3, gt=0.3, description="silence after which a member is gone")
     start_deadline_s: float = Field(600, gt=0, description="time for all workers to be ready")
+    keep_workers: bool = Field(
+        False,
+        description="leave the workers running when this ends (joined Ray clusters only); "
+        "`baton down` stops them",
+    )
+    verbose: bool = Field(False, description="show the logs of the router")
     handoff: HandoffConfig = HandoffConfig()
     vllm_args: list[str] = Field(
         default_factory=list, description="further arguments of `vllm serve`, as a JSON list"

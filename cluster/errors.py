@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 
 LINE_LENGTH_MAX = 400
+ERROR_PREFIX = "baton: "
+"""How a process of ours begins the one line that says why it ended."""
 
 
 def one_line(error: BaseException) -> str:

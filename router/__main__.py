@@ -7,7 +7,7 @@ import sys
 
 import uvloop
 
-from cluster.errors import one_line
+from cluster.errors import ERROR_PREFIX, one_line
 from router.settings import RouterSettings
 
 
@@ -23,7 +23,7 @@ def main() -> None:
         return
     except Exception as error:
         logging.getLogger("router").debug("the router failed", exc_info=True)
-        sys.exit(f"baton: {one_line(error)}")
+        sys.exit(f"{ERROR_PREFIX}{one_line(error)}")
 
 
 if __name__ == "__main__":

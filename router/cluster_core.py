@@ -161,9 +161,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         if worker is None:
             return
         resumed = self.scheduler.on_worker_lost(key, self._clock())
-        self.metrics.resumed.inc(
-            sum(isinstance(a, StartPrefill | StartLocal) for a in resumed)
-        )
+        self.metrics.resumed.inc(sum(isinstance(a, StartPrefill | StartLocal) for a in resumed))
         self._carry_out(resumed)
         for call in worker.calls.values():
             call.cancel()

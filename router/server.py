@@ -112,9 +112,7 @@ async def serve_when_ready(
     record = RouterRecord(settings.router_id, public_url(settings), os.getpid())
     background.append(
         asyncio.create_task(
-            keep_lease(
-                lambda: membership.put_router(record), settings.lease_s, asyncio.Event()
-            ),
+            keep_lease(lambda: membership.put_router(record), settings.lease_s, asyncio.Event()),
             name="lease",
         )
     )

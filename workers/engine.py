@@ -205,9 +205,7 @@ class EngineHost:
         for transfer_id in self._endpoint.inbox.sweep():
             logger.warning("transfer %s was abandoned and is dropped", transfer_id)
 
-    def _add(
-        self, client: int, request: EngineCoreRequest, message: worker_pb2.AddRequest
-    ) -> None:
+    def _add(self, client: int, request: EngineCoreRequest, message: worker_pb2.AddRequest) -> None:
         if not message.HasField("receive"):
             self._admit(client, request, message, adopt="")
             return

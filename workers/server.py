@@ -51,9 +51,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def Describe(  # noqa: N802 - gRPC's name
         self,
         request: worker_pb2.DescribeRequest,
-        context: grpc.aio.ServicerContext[
-            worker_pb2.DescribeRequest, worker_pb2.WorkerDescription
-        ],
+        context: grpc.aio.ServicerContext[worker_pb2.DescribeRequest, worker_pb2.WorkerDescription],
     ) -> worker_pb2.WorkerDescription:
         return self.description
 

@@ -58,9 +58,7 @@ class Worker:
         registration = Registration(settings) if settings.redis_url else None
         if registration:
             registration.update(WorkerState.LOADING)
-        config = await loop.run_in_executor(
-            None, engine_config, settings.vllm_args, endpoint_name
-        )
+        config = await loop.run_in_executor(None, engine_config, settings.vllm_args, endpoint_name)
         identity = Identity(settings.worker_id, settings.incarnation, fingerprint(config))
         endpoint = KvEndpoint(
             Inbox(

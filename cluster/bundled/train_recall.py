@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 KEYS = 200
@@ -72,6 +72,11 @@ def build_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([BEGIN, END])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A",
+        pair=f"{BEGIN} $A $B",
+        special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))],
+    )
     return tokenizer
 
 
@@ -89,7 +94,7 @@ class Vocabulary:
     @staticmethod
     def of(tokenizer: Tokenizer) -> Vocabulary:
         def token(text: str) -> int:
-            ids: list[int] = tokenizer.encode(text).ids
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
             assert len(ids) == 1, f"{text!r} is not one token: {ids}"
             return ids[0]
 
@@ -240,7 +245,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--minutes", type=float, default=25)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--pairs", type=int, default=199, help="longest context, 5 tokens a pair")

@@ -99,9 +99,7 @@ class FailRequest:
     reason: str
 
 
-Action = (
-    StartPrefill | StartDecode | StartLocal | CancelLeg | DropTransfer | Deliver | FailRequest
-)
+Action = StartPrefill | StartDecode | StartLocal | CancelLeg | DropTransfer | Deliver | FailRequest
 
 
 # --- state ----------------------------------------------------------------------------------------

@@ -301,9 +301,7 @@ class Inbox:
             self._bytes -= transfer.bytes
         del self._transfers[transfer.transfer_id]
 
-    def _notice(
-        self, transfer: _Transfer
-    ) -> tuple[Callable[[Settled], None] | None, Settled]:
+    def _notice(self, transfer: _Transfer) -> tuple[Callable[[Settled], None] | None, Settled]:
         """The claim's callback, once, when the transfer is settled."""
         callback = None
         if transfer.state is not TransferState.ARRIVING:

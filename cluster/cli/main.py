@@ -1,0 +1,51 @@
+"""`baton`: start, look at and stop a cluster."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from cluster.cli.down import down
+from cluster.cli.status import status
+from cluster.cli.up import up
+from cluster.errors import ERROR_PREFIX, one_line
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="baton")
+def cli() -> None:
+    """Serve a large language model from a prefill/decode-split cluster of vLLM workers.
+
+    \b
+    baton up                        the bundled model, one prefill and one decode worker
+    baton up Qwen/Qwen3-0.6B --prefill 1 --decode 2 --max-model-len 8192
+    baton status                    the running cluster
+    baton down                      stop it
+    """
+
+
+cli.add_command(up)
+cli.add_command(status)
+cli.add_command(down)
+
+
+def main() -> None:
+    """Errors are one line and exit code 1 (2 for wrong usage), never a traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as leave:
+        sys.exit(leave.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:
+        if "--verbose" in sys.argv:
+            raise
+        sys.exit(f"{ERROR_PREFIX}{one_line(error)}")
+
+
+if __name__ == "__main__":
+    main()

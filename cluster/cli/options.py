@@ -1,0 +1,78 @@
+"""Command-line flags made from the configuration, so that every value has one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from cluster.config import BatonConfig
+
+POSITIONAL = ("model", "vllm_args")
+
+
+def leaves(
+    model: type[BaseModel], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Every value of a configuration, with the names that lead to it."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from leaves(field.annotation, (*path, name))
+        else:
+            yield (*path, name), field
+
+
+def config_options(*only: str) -> Callable[[Any], Any]:
+    """Adds a flag for every value of the configuration, or for those named."""
+
+    def add(command: Any) -> Any:
+        for path, field in reversed(list(leaves(BatonConfig))):
+            if path[0] in POSITIONAL or (only and path[0] not in only):
+                continue
+            command = _option(path, field)(command)
+        return command
+
+    return add
+
+
+def flags_given(values: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, nested as the configuration is."""
+    given: dict[str, Any] = {}
+    for path, _ in leaves(BatonConfig):
+        value = values.get("__".join(path))
+        if value is None:
+            continue
+        target = given
+        for name in path[:-1]:
+            target = target.setdefault(name, {})
+        target[path[-1]] = value
+    return given
+
+
+def _option(path: tuple[str, ...], field: FieldInfo) -> Callable[[Any], Any]:
+    name = "--" + "-".join(path).replace("_", "-")
+    parameter = "__".join(path)
+    help_text = field.description or ""
+    if field.annotation is bool:
+        return click.option(f"{name}/--no-{name[2:]}", parameter, default=None, help=help_text)
+    if field.default is not None and not field.default_factory:
+        help_text += f"  [{field.default}]"
+    choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
+    kind: Any = click.Choice(choices) if choices else str
+    if field.annotation not in (str, int, float) and not choices and field.default_factory:
+        kind = _Json()
+    return click.option(name, parameter, type=kind, default=None, help=help_text, metavar="VALUE")
+
+
+class _Json(click.ParamType):
+    name = "json"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(f"{value!r} is not JSON: {error}", param, ctx)

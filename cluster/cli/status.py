@@ -1,0 +1,92 @@
+"""`baton status`."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from cluster.cli.options import config_options, flags_given
+from cluster.config import load_config
+from cluster.errors import one_line
+from cluster.membership import (
+    REDIS_ERRORS,
+    DesiredPools,
+    Membership,
+    RouterRecord,
+    WorkerRecord,
+    open_redis,
+)
+from cluster.run_file import running
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Status:
+    cluster: str
+    desired: DesiredPools | None
+    workers: list[WorkerRecord]
+    routers: list[RouterRecord]
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+@config_options("name", "redis_url", "lease_s")
+def status(as_json: bool, **flags: Any) -> None:
+    """Show the cluster's workers and routers. Exit code 1 when there is none."""
+    config = load_config(flags_given(flags))
+    run = running(config.name)
+    redis_url = config.redis_url or (run.redis_url if run else None)
+    if redis_url is None:
+        raise click.ClickException(
+            f"no cluster named {config.name!r} runs here; for one elsewhere, give --redis-url"
+        )
+    try:
+        found = asyncio.run(_read(config.name, redis_url, config.lease_s))
+    except REDIS_ERRORS as error:
+        raise click.ClickException(f"Redis at {redis_url}: {one_line(error)}") from error
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        _show(found)
+    if not found.workers and not found.routers:
+        raise click.exceptions.Exit(1)
+
+
+async def _read(name: str, redis_url: str, lease_s: float) -> Status:
+    client = open_redis(redis_url)
+    membership = Membership(client, name, lease_s)
+    try:
+        return Status(
+            name,
+            await membership.desired(),
+            await membership.workers(),
+            await membership.routers(),
+        )
+    finally:
+        await client.aclose()
+
+
+def _show(found: Status) -> None:
+    console = Console(highlight=False)
+    for router in found.routers:
+        console.print(f"{router.router_id} at {router.url} (pid {router.pid})")
+    table = Table(box=None, pad_edge=False)
+    for column in ("worker", "pool", "state", "accelerator", "address", "placed because"):
+        table.add_column(column, overflow="fold")
+    for worker in found.workers:
+        table.add_row(
+            worker.worker_id,
+            worker.pool.value,
+            worker.state.value,
+            worker.accelerator,
+            worker.address,
+            worker.detail or worker.placement_reason,
+        )
+    console.print(table)
+    if found.desired:
+        console.print(f"wanted: {found.desired.prefill} prefill, {found.desired.decode} decode")

