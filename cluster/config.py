@@ -12,6 +12,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
 
@@ -142,7 +143,10 @@ def load_config(flags: dict[str, Any]) -> BatonConfig:
         )
         raise BadConfig(problems) from error
     except Exception as error:
-        raise BadConfig(f"{file or 'environment'}: {error}") from error
+        # What an environment variable holds must be JSON for a list; pydantic says what was wrong
+        # with it only in the cause.
+        where = "environment" if isinstance(error, SettingsError) else file
+        raise BadConfig(f"{where}: {error}") from error
     if config.prefill + config.decode == 0:
         raise BadConfig("prefill and decode are both 0: at least one worker is needed")
     return config

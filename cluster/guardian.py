@@ -38,16 +38,18 @@ def processes_of(run_id: str) -> list[int]:
 
 def end_processes(run_id: str) -> None:
     for signum, grace_s in ((signal.SIGTERM, TERM_GRACE_S), (signal.SIGKILL, KILL_GRACE_S)):
-        for pid in processes_of(run_id):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
+        told: set[int] = set()
         deadline = time.monotonic() + grace_s
-        while processes_of(run_id):
-            if time.monotonic() > deadline:
-                break
+        while time.monotonic() < deadline:
+            found = set(processes_of(run_id))
+            if not found:
+                return
+            # Once each: others may have been started since.
+            for pid in found - told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signum)
+            told |= found
             time.sleep(POLL_S)
-        else:
-            return
 
 
 def main() -> None:

@@ -8,6 +8,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+STARTED = "started"
+STARTED_FIELD = 19
+"""Of /proc/PID/stat, counted from behind the name."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunFile:
@@ -19,7 +23,8 @@ class RunFile:
     lease_s: float
 
     def write(self) -> None:
-        run_file_path(self.name).write_text(json.dumps(dataclasses.asdict(self)))
+        content = {**dataclasses.asdict(self), STARTED: _started(self.pid)}
+        run_file_path(self.name).write_text(json.dumps(content))
 
 
 def run_file_path(name: str) -> Path:
@@ -31,8 +36,20 @@ def run_file_path(name: str) -> Path:
 def running(name: str) -> RunFile | None:
     """The `baton up` of this name that runs now on this machine."""
     try:
-        run = RunFile(**json.loads(run_file_path(name).read_text()))
-        os.kill(run.pid, 0)
-    except (OSError, ValueError, TypeError):
+        content = json.loads(run_file_path(name).read_text())
+        started = content.pop(STARTED)
+        run = RunFile(**content)
+        return run if _started(run.pid) == started else None
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):
         return None
-    return run
+
+
+def _started(pid: int) -> str:
+    """When a process started, in the kernel's own count: another one may get its number later.
+
+    Raises:
+        OSError: it is gone.
+    """
+    # The name before it, in parentheses, may have spaces of its own.
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return after_name[STARTED_FIELD]

@@ -180,10 +180,12 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         for action in actions:
             match action:
                 case StartPrefill():
+                    self._count_placement(action.request_id)
                     self._start_prefill(action)
                 case StartDecode():
                     self._start_decode(action)
                 case StartLocal():
+                    self._count_placement(action.request_id)
                     request = self._requests[action.request_id]
                     add = self._leg(request, action.leg_id, action.resume_tokens)
                     self._send(action.worker, worker_pb2.ToEngine(add=add))
@@ -198,11 +200,17 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                 case Deliver():
                     pass  # `_on_outputs` delivers, as it has the output
 
+    def _count_placement(self, request_id: str) -> None:
+        placement = self.scheduler.lives[request_id].placement
+        assert placement is not None
+        self.metrics.placements.labels(placement.reason).inc()
+
     def _start_prefill(self, action: StartPrefill) -> None:
         request = self._requests[action.request_id]
         receiver = self.workers[action.receiver]
         params = request.sampling_params.clone()
         params.max_tokens = len(action.resume_tokens) + 1
+        params.min_tokens = min(params.min_tokens, params.max_tokens)
         one_token = msgspec.structs.replace(request, sampling_params=params)
         add = self._leg(one_token, action.leg_id, action.resume_tokens)
         add.send.CopyFrom(
@@ -235,7 +243,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
     ) -> worker_pb2.AddRequest:
         leg = msgspec.structs.replace(request, request_id=leg_id)
         encoded = [bytes(buffer) for buffer in self._encoder.encode(leg)]
-        return worker_pb2.AddRequest(request=encoded, resume_token_ids=resume)
+        return worker_pb2.AddRequest(leg_id=leg_id, request=encoded, resume_token_ids=resume)
 
     def _send(self, key: WorkerKey, message: worker_pb2.ToEngine) -> None:
         worker = self.workers.get(key)
@@ -271,8 +279,8 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
     def _on_outputs(self, worker: ConnectedWorker, outputs: EngineCoreOutputs) -> None:
         # Workers' clocks are their own; the front end takes differences against this process's.
         now = self._clock()
-        shift_s = now - outputs.timestamp
-        outputs.timestamp = now
+        step_ended_s, outputs.timestamp = outputs.timestamp, now
+        shift_s = now - step_ended_s
         delivered: list[EngineCoreOutput] = []
         for output in outputs.outputs:
             life = self.scheduler.life_of_leg(output.request_id)
@@ -288,7 +296,9 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                         output.finish_reason = None
                     for event in output.events or ():
                         event.timestamp += shift_s
-                    if not first_leg:
+                    if first_leg:
+                        self.tally.first_token(action.request_id, step_ended_s, now)
+                    else:
                         # Queueing and scheduling of a later leg are not the request's.
                         output.events = None
                     delivered.append(output)

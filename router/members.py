@@ -32,7 +32,6 @@ class MemberWatcher:
         self.records: list[WorkerRecord] = []
         self.desired: dict[str, int] = {}
         self.redis_reachable = True
-        self._lost: set[WorkerKey] = set()
         self._changes: asyncio.Queue[WorkerKey] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -65,14 +64,13 @@ class MemberWatcher:
             if view is not None:
                 view.draining = record.state is WorkerState.DRAINING
                 view.pool = record.pool
-            elif key not in self._lost:
+            else:
+                # Also one whose link broke: as long as it keeps its lease, it may answer again.
                 await self._connect(key, record)
-        self._lost &= set(ready)
 
     async def _connect(self, key: WorkerKey, record: WorkerRecord) -> None:
         def on_lost(reason: str) -> None:
             logger.warning("worker %s is lost: %s", key, reason)
-            self._lost.add(key)
             self._changes.put_nowait(key)
 
         try:

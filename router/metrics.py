@@ -19,6 +19,12 @@ class RouterMetrics:
         )
         for path in Path:
             self.requests.labels(path)
+        self.placements = Counter(
+            "baton_placements",
+            "Placements of requests on workers, by the policy's reason.",
+            ["reason"],
+            registry=registry,
+        )
         self.handoffs_started = Counter(
             "baton_handoffs_started", "KV hand-offs begun.", registry=registry
         )

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 
 from cluster.scheduler.life import Path
 from cluster.wire import worker_pb2
-from router.dashboard.state import RECENT_HANDOFFS, HandoffRow
+from router.dashboard.state import (
+    RECENT_FIRST_TOKENS,
+    RECENT_HANDOFFS,
+    FirstTokenRow,
+    HandoffRow,
+)
 from router.metrics import RouterMetrics
 
 
@@ -21,10 +26,16 @@ class Tally:
     handoffs_failed: int = 0
     handoff_bytes: int = 0
     recent: deque[HandoffRow] = field(default_factory=lambda: deque(maxlen=RECENT_HANDOFFS))
+    first_tokens: deque[FirstTokenRow] = field(
+        default_factory=lambda: deque(maxlen=RECENT_FIRST_TOKENS)
+    )
 
     def request_ended(self, path: Path) -> None:
         self.by_path[path] += 1
         self.metrics.requests.labels(path).inc()
+
+    def first_token(self, request_id: str, step_ended_s: float, forwarded_s: float) -> None:
+        self.first_tokens.appendleft(FirstTokenRow(request_id, step_ended_s, forwarded_s))
 
     def handoff_started(self) -> None:
         self.handoffs_started += 1

@@ -112,12 +112,15 @@ class EngineHost:
         assert self._core is not None, "the engine is not started"
         return self._core
 
-    def add(self, client: int, message: worker_pb2.AddRequest) -> str:
-        """Returns the request's id."""
-        request: EngineCoreRequest = self._decoder.decode(list(message.request))
+    def add(self, client: int, message: worker_pb2.AddRequest) -> None:
+        try:
+            request: EngineCoreRequest = self._decoder.decode(list(message.request))
+        except Exception:
+            logger.exception("request %s cannot be read", message.leg_id)
+            self._commands.put(lambda: self._finish(client, message.leg_id, FinishReason.ERROR))
+            return
         request.client_index = client
         self._commands.put(lambda: self._add(client, request, message))
-        return str(request.request_id)
 
     def abort(self, request_ids: list[str]) -> None:
         self._commands.put(lambda: self._abort(request_ids))

@@ -81,7 +81,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             async for message in requests:
                 kind = message.WhichOneof("kind")
                 if kind == "add":
-                    link.request_ids.add(self.engine.add(link.client, message.add))
+                    link.request_ids.add(message.add.leg_id)
+                    self.engine.add(link.client, message.add)
                 elif kind == "abort":
                     self.engine.abort(list(message.abort.request_ids))
                     link.request_ids.difference_update(message.abort.request_ids)
@@ -93,6 +94,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     self.engine.call(link.client, call.call_id, call.method, args)
         except grpc.aio.BaseError as error:
             logger.info("a router's stream broke: %s", error)
+        except Exception:
+            logger.exception("a router's message cannot be handled: closing its stream")
         finally:
             await link.outgoing.put(None)
 

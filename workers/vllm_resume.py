@@ -11,7 +11,7 @@ bad words, a seed's generator and structured output all see the same history.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from vllm.v1.worker import gpu_model_runner
@@ -31,15 +31,50 @@ class ResumableRequestState(CachedRequestState):  # type: ignore[misc]
         resumed: Sequence[int] = extra.get(RESUME, ())
         if resumed and not self.output_token_ids:
             self.output_token_ids.extend(resumed)
-            if self.generator is not None:
-                self._skip_draws(len(resumed), int(extra[RESUME_VOCAB]))
+        if self.generator is None:
+            return
+        if self.generator.device.type == "cpu":
+            self.generator = CpuGenerator(
+                self.sampling_params.seed, lambda: len(self.output_token_ids)
+            )
+        elif resumed:
+            self._skip_draws(len(resumed), int(extra[RESUME_VOCAB]))
 
     def _skip_draws(self, tokens: int, vocab_size: int) -> None:
-        """Bring a seeded generator to where it stands after `tokens` sampled tokens: vLLM draws
-        one exponential variate for each entry of the vocabulary and token."""
+        """Bring a GPU's generator to where it stands after `tokens` sampled tokens: vLLM draws one
+        exponential variate for each entry of the vocabulary and token."""
         draw = torch.empty(vocab_size, dtype=torch.float32, device=self.generator.device)
         for _ in range(tokens):
             draw.exponential_(generator=self.generator)
+
+
+class CpuGenerator(torch.Generator):
+    """A seeded request's generator on CPU, standing where its output tokens have brought it.
+
+    After a chunk of a prompt that is not its last, vLLM takes the sampled token's draw back by
+    `set_offset(get_offset() - 4)`. CPU generators have no offset, so that a seeded prompt in two
+    chunks kills vLLM's engine (0.32). Here it means what it should: back to the draws that count.
+    """
+
+    def __new__(cls, seed: int, tokens_drawn: Callable[[], int]) -> CpuGenerator:
+        return super().__new__(cls, device="cpu")
+
+    def __init__(self, seed: int, tokens_drawn: Callable[[], int]) -> None:
+        self._seed = seed
+        self._tokens_drawn = tokens_drawn
+        self._rewind()
+
+    def get_offset(self) -> int:
+        return 4 * self._tokens_drawn()
+
+    def set_offset(self, offset: int) -> None:
+        self._rewind()
+
+    def _rewind(self) -> None:
+        """vLLM's CPU sampler draws one seed for each token (`TopKTopPSampler.forward_cpu`)."""
+        self.manual_seed(self._seed)
+        for _ in range(self._tokens_drawn()):
+            torch.randint(0, 2**31, (1,), generator=self, dtype=torch.long)
 
 
 def install() -> None:

@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from cluster.cli.bench import bench
 from cluster.cli.down import down
 from cluster.cli.status import status
 from cluster.cli.up import up
@@ -22,20 +23,21 @@ def cli() -> None:
     baton up Qwen/Qwen3-0.6B --prefill 1 --decode 2 --max-model-len 8192
     baton status                    the running cluster
     baton down                      stop it
+    baton bench serve               compare it with one plain vLLM server
     """
 
 
 cli.add_command(up)
 cli.add_command(status)
 cli.add_command(down)
+cli.add_command(bench)
 
 
 def main() -> None:
     """Errors are one line and exit code 1 (2 for wrong usage), never a traceback."""
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as leave:
-        sys.exit(leave.exit_code)
+        # Commands return None; leaving early with a code returns the code.
+        sys.exit(cli.main(standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from cluster.config import BatonConfig
 
-POSITIONAL = ("model", "vllm_args")
+POSITIONAL = ("vllm_args",)
 
 
 def leaves(

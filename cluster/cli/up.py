@@ -28,7 +28,9 @@ def up(arguments: tuple[str, ...], **flags: Any) -> None:
     given = flags_given(flags)
     rest = list(arguments)
     if rest and not rest[0].startswith("-"):
-        given["model"] = rest.pop(0)
+        model = rest.pop(0)
+        if given.setdefault("model", model) != model:
+            raise click.UsageError(f"two models: {model!r}, and {given['model']!r} with --model")
     config = load_config(given)
     if rest:
         config = config.model_copy(update={"vllm_args": [*config.vllm_args, *rest]})

@@ -151,11 +151,10 @@ class Life:
         leg_id = f"{self.ask.request_id}.{self.attempts}p.{id_suffix}"
         resume = tuple(self.tokens)
         self._begin(Leg(leg_id, placement.prefill, prefills_only=placement.hands_over))
+        self.phase = Phase.PREFILLING
         if not placement.hands_over:
-            self.phase = Phase.DECODING if resume else Phase.PREFILLING
             self.path = Path.RECOMPUTED if resume else Path.KEPT_LOCAL
             return StartLocal(self.ask.request_id, leg_id, placement.prefill, resume)
-        self.phase = Phase.PREFILLING
         self.path = Path.HANDED_OVER
         self.transfer_id = leg_id
         return StartPrefill(

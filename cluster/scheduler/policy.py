@@ -83,7 +83,9 @@ class JoinShortestQueue:
     @staticmethod
     def _candidates(ask: Ask, view: ClusterView, pool: Pool) -> Sequence[WorkerView]:
         fitting = [
-            worker for worker in view.available() if ask.prompt_tokens < worker.max_model_len_tokens
+            worker
+            for worker in view.available()
+            if ask.tokens_to_compute < worker.max_model_len_tokens
         ]
         return [worker for worker in fitting if worker.pool is pool] or fitting
 

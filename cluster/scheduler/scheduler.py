@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cluster.scheduler.life import Action, CancelLeg, Finish, Life, Phase
+from cluster.scheduler.life import Action, CancelLeg, DropTransfer, Finish, Life, Phase
 from cluster.scheduler.policy import Ask, PlacementPolicy
 from cluster.scheduler.view import ClusterView, WorkerKey, WorkerView
 
@@ -36,7 +35,8 @@ class Scheduler:
     lives: dict[str, Life] = field(default_factory=dict)
     _by_leg: dict[str, Life] = field(default_factory=dict)
     _charges: dict[str, _Charge] = field(default_factory=dict)
-    _queue: deque[tuple[str, float]] = field(default_factory=deque)
+    _queue: dict[str, float] = field(default_factory=dict)
+    """Since when who waits, the longest first."""
 
     @property
     def queued(self) -> int:
@@ -52,7 +52,7 @@ class Scheduler:
             return actions
         if len(self._queue) >= self.queued_max:
             return self._forget(life, life.fail(f"{self.queued_max} requests are waiting already"))
-        self._queue.append((ask.request_id, now_s))
+        self._queue[ask.request_id] = now_s
         return []
 
     def on_output(self, leg_id: str, token_ids: list[int], finish: Finish | None) -> list[Action]:
@@ -60,9 +60,10 @@ class Scheduler:
         life = self._by_leg.get(leg_id)
         if life is None:
             return []
-        assert life.leg is not None
-        worker = self.view.workers.get(life.leg.worker)
-        model_len = worker.max_model_len_tokens if worker else 0
+        assert life.placement is not None
+        # Both workers are there while the first leg runs, and only its end asks for this.
+        decodes_on = self.view.workers.get(life.placement.decode)
+        model_len = decodes_on.max_model_len_tokens if decodes_on else 0
         was_prefilling = life.phase is Phase.PREFILLING
         actions = life.on_output(token_ids, finish, model_len)
         charge = self._charges[life.ask.request_id]
@@ -103,7 +104,9 @@ class Scheduler:
         for life in [life for life in self.lives.values() if life.depends_on(key)]:
             actions.extend(self._move(life, now_s))
         # What was to be said to the lost worker is said to nobody.
-        return [a for a in actions if not (isinstance(a, CancelLeg) and a.worker == key)]
+        return [
+            a for a in actions if not (isinstance(a, CancelLeg | DropTransfer) and a.worker == key)
+        ]
 
     def on_load(self, key: WorkerKey, running: int, waiting: int, kv_usage: float) -> None:
         worker = self.view.workers.get(key)
@@ -113,13 +116,14 @@ class Scheduler:
             worker.reported_kv_usage = kv_usage
 
     def on_tick(self, now_s: float) -> list[Action]:
-        """Give up on requests that waited too long for a worker."""
-        actions: list[Action] = []
-        while self._queue and now_s - self._queue[0][1] > self.queue_deadline_s:
-            life = self.lives.get(self._queue.popleft()[0])
-            if life is not None and life.phase is Phase.QUEUED:
-                reason = f"no worker could take it for {self.queue_deadline_s:g} s"
-                actions.extend(self._forget(life, life.fail(reason)))
+        """Place what waits, for a worker may have stopped draining. Give up on what waited too
+        long."""
+        actions = self._place_queued()
+        late = [r for r, since_s in self._queue.items() if now_s - since_s > self.queue_deadline_s]
+        for request_id in late:
+            life = self.lives[request_id]
+            reason = f"no worker could take it for {self.queue_deadline_s:g} s"
+            actions.extend(self._forget(life, life.fail(reason)))
         return actions
 
     # --- inside -------------------------------------------------------------------------------
@@ -143,15 +147,10 @@ class Scheduler:
 
     def _place_queued(self) -> list[Action]:
         actions: list[Action] = []
-        waiting, self._queue = self._queue, deque()
-        for request_id, since_s in waiting:
-            life = self.lives.get(request_id)
-            if life is None or life.phase is not Phase.QUEUED:
-                continue
-            placed = self._place(life)
-            if placed is None:
-                self._queue.append((request_id, since_s))
-            else:
+        for request_id in list(self._queue):
+            placed = self._place(self.lives[request_id])
+            if placed is not None:
+                del self._queue[request_id]
                 actions.extend(placed)
         return actions
 
@@ -165,13 +164,14 @@ class Scheduler:
         actions = life.unplace()
         placed = self._place(life)
         if placed is None:
-            self._queue.append((life.ask.request_id, now_s))
+            self._queue[life.ask.request_id] = now_s
         return actions + (placed or [])
 
     def _forget(self, life: Life, actions: list[Action]) -> list[Action]:
         self._refund(life)
         self.lives.pop(life.ask.request_id, None)
         self._by_leg.pop(life.last_leg_id, None)
+        self._queue.pop(life.ask.request_id, None)
         return actions
 
     def _refund(self, life: Life) -> None:

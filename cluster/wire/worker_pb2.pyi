@@ -75,16 +75,18 @@ class ToEngine(_message.Message):
     def __init__(self, add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ...) -> None: ...
 
 class AddRequest(_message.Message):
-    __slots__ = ("request", "send", "receive", "resume_token_ids")
+    __slots__ = ("leg_id", "request", "send", "receive", "resume_token_ids")
+    LEG_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     SEND_FIELD_NUMBER: _ClassVar[int]
     RECEIVE_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    leg_id: str
     request: _containers.RepeatedScalarFieldContainer[bytes]
     send: SendKv
     receive: ReceiveKv
     resume_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request: _Optional[_Iterable[bytes]] = ..., send: _Optional[_Union[SendKv, _Mapping]] = ..., receive: _Optional[_Union[ReceiveKv, _Mapping]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, leg_id: _Optional[str] = ..., request: _Optional[_Iterable[bytes]] = ..., send: _Optional[_Union[SendKv, _Mapping]] = ..., receive: _Optional[_Union[ReceiveKv, _Mapping]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SendKv(_message.Message):
     __slots__ = ("transfer_id", "address", "worker_id", "incarnation")

@@ -37,6 +37,7 @@ class DashboardSource:
             handoffs_failed=tally.handoffs_failed,
             handoff_bytes=tally.handoff_bytes,
             recent_handoffs=list(tally.recent),
+            recent_first_tokens=list(tally.first_tokens),
             redis_reachable=self._watcher.redis_reachable,
         )
 

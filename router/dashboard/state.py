@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 RECENT_HANDOFFS = 20
+RECENT_FIRST_TOKENS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,17 @@ class HandoffRow:
 
 
 @dataclass(frozen=True, slots=True)
+class FirstTokenRow:
+    """A request's first token. The page does not show it: `baton bench` reads it."""
+
+    request_id: str
+    step_ended_monotonic_s: float
+    """By the worker's clock, which is this machine's if the worker is on it."""
+    forwarded_monotonic_s: float
+    """By the router's clock."""
+
+
+@dataclass(frozen=True, slots=True)
 class DashboardState:
     cluster: str
     model: str
@@ -63,4 +75,6 @@ class DashboardState:
     handoff_bytes: int = 0
     recent_handoffs: list[HandoffRow] = field(default_factory=list)
     """The newest first, RECENT_HANDOFFS at most."""
+    recent_first_tokens: list[FirstTokenRow] = field(default_factory=list)
+    """The newest first, RECENT_FIRST_TOKENS at most."""
     redis_reachable: bool = True

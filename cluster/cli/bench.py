@@ -1,0 +1,162 @@
+"""`baton bench`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import BUNDLED_MODEL
+
+if TYPE_CHECKING:
+    from cluster.bench.serve import ServeSettings
+
+PLAIN_COLUMNS = ("ttft_ms", "second_token_ms", "inter_token_ms")
+
+
+@click.group()
+def bench() -> None:
+    """Measure Baton on this machine."""
+
+
+@bench.command(context_settings={"ignore_unknown_options": True})
+@click.argument("vllm_args", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM FLAGS]...")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+@click.option("--model", type=Path, help="model folder; a random Llama of 113M if not given")
+@click.option("--prompt-tokens", help="prompt lengths, comma-separated  [256,1024,4096]")
+@click.option("--repeats", type=click.IntRange(1), help="of each length, every round  [5; 3 long]")
+@click.option("--rounds", type=click.IntRange(1), help="of plain vLLM, then Baton  [1]")
+@click.option(
+    "--free-front-end",
+    is_flag=True,
+    help="let the plain server's HTTP front end use the second core, as Baton's router may",
+)
+@click.option("--quick", is_flag=True, help="bundled model, few requests: does it work at all")
+def serve(as_json: bool, quick: bool, model: Path | None, **given: Any) -> None:
+    """Compare a prefill and a decode worker with one plain vLLM server.
+
+    Any flag of `vllm serve` can follow, and is for both servers.
+    """
+    from cluster.bench.report import BenchFailed
+
+    settings = _settings(quick, **given)
+    if quick and model is None:
+        model = BUNDLED_MODEL
+    try:
+        report = asyncio.run(_serve(settings, model.resolve() if model else None))
+    except asyncio.CancelledError as error:
+        raise click.Abort from error
+    except BenchFailed as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _show(report)
+
+
+def _settings(
+    quick: bool,
+    prompt_tokens: str | None,
+    repeats: int | None,
+    rounds: int | None,
+    free_front_end: bool,
+    vllm_args: tuple[str, ...],
+) -> ServeSettings:
+    from cluster.bench.serve import QUICK, ServeSettings
+
+    given: dict[str, Any] = {"free_front_end": free_front_end, "vllm_args": vllm_args}
+    if prompt_tokens is not None:
+        lengths = prompt_tokens.split(",")
+        if not all(length.isdigit() and int(length) for length in lengths):
+            raise click.BadParameter(f"{prompt_tokens!r} is not like 256,1024,4096")
+        given["prompt_tokens"] = tuple(dict.fromkeys(map(int, lengths)))
+    if repeats is not None:
+        given |= {"repeats": repeats, "repeats_long": repeats}
+    if rounds is not None:
+        given["rounds"] = rounds
+    return dataclasses.replace(QUICK if quick else ServeSettings(), **given)
+
+
+async def _serve(settings: ServeSettings, folder: Path | None) -> dict[str, Any]:
+    from cluster.bench.model import describe_model
+    from cluster.bench.report import machine
+    from cluster.bench.serve import run_serve, summary
+    from cluster.bench.servers import Servers
+
+    task = asyncio.current_task()
+    assert task is not None
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
+    host = machine()
+    async with Servers(settings.free_front_end) as servers:
+        model = folder or servers.folder / "random-llama"
+        if folder is None:
+            _tell("making a random Llama")
+            await _make_model(model)
+        described = describe_model(model)
+        name = "bundled" if folder == BUNDLED_MODEL else model.name
+        plain, baton = await run_serve(model, described["vocab_size"], settings, servers, _tell)
+    return summary(host, {"name": name, **described}, settings, plain, baton)
+
+
+async def _make_model(folder: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cluster.bench.model", str(folder)),
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        if await process.wait():
+            raise click.ClickException("the model could not be made: see the messages above")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+
+def _tell(what: str) -> None:
+    click.echo(what, err=True)
+
+
+def _show(report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    host, model = report["machine"], report["model"]
+    console.print(
+        f"{model['name']}, {(model['parameters'] or 0) / 1e6:.0f}M parameters, float32; "
+        f"{host['cpu_model']}, {host['cores']} cores, vLLM {host['vllm']}"
+    )
+    table = Table(box=None, pad_edge=False)
+    columns = ("TTFT", "2nd token", "later tokens", "1st after prefill")
+    for column in ("prompt", "server", *columns):
+        table.add_column(column, justify="left" if column == "server" else "right")
+    for tokens, result in report["results"].items():
+        for name in ("plain", "baton"):
+            times = result[name]
+            keys = (*PLAIN_COLUMNS, "first_token_after_prefill_ms")
+            table.add_row(tokens, name, *(_milliseconds(times.get(key)) for key in keys))
+    console.print(table)
+    throughput, settings = report["throughput"], report["settings"]
+    console.print(f"\n{settings['streams']} streams of {settings['stream_prompt_tokens']} tokens:")
+    for name in ("plain", "baton"):
+        side = throughput[name]
+        console.print(
+            f"  {name:<6} {side['tokens_per_s']:.1f} tokens/s, "
+            f"between tokens {_milliseconds(side['inter_token_ms'])}, "
+            f"p99 {_milliseconds(side['inter_token_p99_ms'])}"
+        )
+    console.print()
+    for goal in report["goals"]:
+        mark = "[green]met[/green]   " if goal["met"] else "[red]missed[/red]"
+        console.print(f"  {mark} {goal['name']}: {goal['value']} (at most {goal['goal']})")
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} ms"

@@ -1,0 +1,43 @@
+"""One Baton cluster and one plain vLLM server of the same model, for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.models import make_random_llama
+from tests.processes import Cluster, plain_vllm, running_cluster
+
+MAX_MODEL_LEN = 512
+CHUNK_TOKENS = 192
+
+
+@pytest.fixture(scope="session")
+def vllm_args(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    model = make_random_llama(tmp_path_factory.mktemp("model"))
+    return [
+        *("--model", str(model), "--served-model-name", "m", "--dtype", "float32"),
+        *("--enforce-eager", "--kv-cache-memory-bytes", str(128 << 20)),
+        *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-batched-tokens", str(CHUNK_TOKENS)),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def cluster(folder: Path, vllm_args: list[str]) -> Iterator[Cluster]:
+    with running_cluster(folder, vllm_args) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def plain(folder: Path, vllm_args: list[str]) -> Iterator[str]:
+    # Prompts in one chunk: vLLM's CPU engine dies of a seeded prompt in two.
+    with plain_vllm(folder, [*vllm_args, "--max-num-batched-tokens", "4096"]) as url:
+        yield url

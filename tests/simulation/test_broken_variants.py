@@ -1,0 +1,268 @@
+"""The simulation finds bugs: each variant breaks one rule and is caught within a few schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from cluster.scheduler.life import Action, DropTransfer, FailRequest, Finish, Life
+from cluster.scheduler.policy import Ask, JoinShortestQueue, Placement
+from cluster.scheduler.scheduler import Scheduler, _Charge
+from cluster.scheduler.view import ClusterView, WorkerKey, WorkerView
+from tests.simulation.world import simulate
+
+SEEDS = range(300)
+
+
+# --- schedulers -----------------------------------------------------------------------------------
+
+
+class KeepsCharges(Scheduler):
+    def _refund(self, life: Life) -> None:
+        self._charges.pop(life.ask.request_id, None)
+
+
+class RefundsPrefillAtTheEndOnly(Scheduler):
+    def _refund_prefill(self, charge: _Charge) -> None:
+        pass
+
+    def _refund(self, life: Life) -> None:
+        charge = self._charges.get(life.ask.request_id)
+        if charge is not None:
+            super()._refund_prefill(charge)
+        super()._refund(life)
+
+
+class HearsFormerLegs(Scheduler):
+    def life_of_leg(self, leg_id: str) -> Life | None:
+        return self.lives.get(leg_id.split(".")[0])
+
+    def on_output(self, leg_id: str, token_ids: list[int], finish: Finish | None) -> list[Action]:
+        life = self.life_of_leg(leg_id)
+        if life is not None and life.leg is not None:
+            leg_id = life.leg.leg_id
+        return super().on_output(leg_id, token_ids, finish)
+
+
+class ForgetsTheQueue(Scheduler):
+    def _place_queued(self) -> list[Action]:
+        return []
+
+
+class RetriesTheQueueForNewWorkersOnly(Scheduler):
+    ticks = False
+
+    def on_tick(self, now_s: float) -> list[Action]:
+        self.ticks = True
+        actions = super().on_tick(now_s)
+        self.ticks = False
+        return actions
+
+    def _place_queued(self) -> list[Action]:
+        return [] if self.ticks else super()._place_queued()
+
+
+class GivesUpSilently(Scheduler):
+    def on_tick(self, now_s: float) -> list[Action]:
+        return [a for a in super().on_tick(now_s) if not isinstance(a, FailRequest)]
+
+
+class AnswersThoseWhoLeft(Scheduler):
+    def on_abort(self, request_id: str) -> list[Action]:
+        return [*super().on_abort(request_id), FailRequest(request_id, "the client left")]
+
+
+class LeavesRequestsOnLostWorkers(Scheduler):
+    def on_worker_lost(self, key: WorkerKey, now_s: float) -> list[Action]:
+        self.view.workers.pop(key, None)
+        return []
+
+
+class GivesUpAfterOneLoss(Scheduler):
+    def _move(self, life: Life, now_s: float) -> list[Action]:
+        life.attempts = 4
+        return super()._move(life, now_s)
+
+
+# --- policies -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PlacesOnDraining(JoinShortestQueue):
+    def place(self, ask: Ask, view: ClusterView) -> Placement | None:
+        everyone = {key: _changed(worker, draining=False) for key, worker in view.workers.items()}
+        return JoinShortestQueue.place(self, ask, ClusterView(everyone))
+
+
+@dataclass(frozen=True, slots=True)
+class PairsModels(JoinShortestQueue):
+    def place(self, ask: Ask, view: ClusterView) -> Placement | None:
+        alike = {key: _changed(worker, model="any") for key, worker in view.workers.items()}
+        return JoinShortestQueue.place(self, ask, ClusterView(alike))
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetsResumedTokens(JoinShortestQueue):
+    """They need room as the prompt does."""
+
+    def place(self, ask: Ask, view: ClusterView) -> Placement | None:
+        prompt_only = Ask(ask.request_id, ask.prompt_tokens, ask.max_tokens, 0, ask.can_hand_over)
+        return JoinShortestQueue.place(self, prompt_only, view)
+
+
+def _changed(worker: WorkerView, **values: Any) -> WorkerView:
+    changed = WorkerView(
+        worker.key, worker.pool, worker.model, worker.max_model_len_tokens, worker.kv_tokens
+    )
+    changed.draining = worker.draining
+    for name, value in values.items():
+        setattr(changed, name, value)
+    return changed
+
+
+# --- lives ----------------------------------------------------------------------------------------
+
+
+def resumes_without_the_last_token(patch: pytest.MonkeyPatch) -> None:
+    start = Life.start
+
+    def broken(self: Life, placement: Placement, id_suffix: str) -> Action:
+        last = self.tokens.pop() if self.tokens else None
+        try:
+            return start(self, placement, id_suffix)
+        finally:
+            if last is not None:
+                self.tokens.append(last)
+
+    patch.setattr(Life, "start", broken)
+
+
+def decodes_without_the_first_token(patch: pytest.MonkeyPatch) -> None:
+    start_decode = Life._start_decode
+
+    def broken(self: Life) -> Action:
+        tokens, self.tokens = self.tokens, []
+        try:
+            return start_decode(self)
+        finally:
+            self.tokens = tokens
+
+    patch.setattr(Life, "_start_decode", broken)
+
+
+def forgets_to_cancel(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Life) -> list[Action]:
+        actions = self._release_transfer() if self.leg else []
+        self._end()
+        return actions
+
+    patch.setattr(Life, "abort", broken)
+
+
+def forgets_to_drop(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Life, "_release_transfer", lambda self: [])
+
+
+def always_drops(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Life) -> list[Action]:
+        if self.placement is None or not self.placement.hands_over:
+            return []
+        return [DropTransfer(self.placement.decode, self.transfer_id)]
+
+    patch.setattr(Life, "_release_transfer", broken)
+
+
+def needs_the_prefill_worker_only(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Life, worker: WorkerKey) -> bool:
+        return self.leg is not None and self.leg.worker == worker
+
+    patch.setattr(Life, "depends_on", broken)
+
+
+def takes_an_early_stop_for_the_hand_over(patch: pytest.MonkeyPatch) -> None:
+    on_output = Life.on_output
+
+    def broken(
+        self: Life, token_ids: list[int], finish: Finish | None, model_len_tokens: int
+    ) -> list[Action]:
+        if self.leg is not None and self.leg.prefills_only and finish is Finish.STOP:
+            finish = Finish.LENGTH
+        return on_output(self, token_ids, finish, model_len_tokens)
+
+    patch.setattr(Life, "on_output", broken)
+
+
+def takes_the_hand_over_for_the_end(patch: pytest.MonkeyPatch) -> None:
+    on_output = Life.on_output
+
+    def broken(
+        self: Life, token_ids: list[int], finish: Finish | None, model_len_tokens: int
+    ) -> list[Action]:
+        return on_output(self, token_ids, finish, 0)
+
+    patch.setattr(Life, "on_output", broken)
+
+
+# --------------------------------------------------------------------------------------------------
+
+SCHEDULERS: list[tuple[type[Scheduler], str]] = [
+    (KeepsCharges, "load of"),
+    (RefundsPrefillAtTheEndOnly, "load of"),
+    (HearsFormerLegs, "wrong token|after it|is not open|ends? as aborted|finished: abort"),
+    (ForgetsTheQueue, "waits, although"),
+    (RetriesTheQueueForNewWorkersOnly, "waits, although"),
+    (GivesUpSilently, "is forgotten"),
+    (AnswersThoseWhoLeft, "after it left"),
+    (LeavesRequestsOnLostWorkers, "lost its place|without a leg|which is gone"),
+    (GivesUpAfterOneLoss, "fails after 1 losses"),
+]
+POLICIES = [
+    (PlacesOnDraining, "is draining"),
+    (PairsModels, "pairs models"),
+    (ForgetsResumedTokens, "do not fit"),
+]
+LIVES: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
+    (resumes_without_the_last_token, "goes on after"),
+    (decodes_without_the_first_token, "goes on after 0 tokens"),
+    (forgets_to_cancel, "runs on"),
+    (forgets_to_drop, "was not dropped"),
+    (always_drops, "is not open"),
+    (needs_the_prefill_worker_only, "was not dropped|which is gone|is not open"),
+    (takes_an_early_stop_for_the_hand_over, "finished: length with|wrong token|no progress"),
+    (takes_the_hand_over_for_the_end, "finished: length with 1 tokens"),
+]
+
+
+def assert_caught(violation: str, **world: Any) -> None:
+    with pytest.raises(AssertionError, match=rf"seed \d+: Violation: .*({violation})"):
+        for seed in SEEDS:
+            simulate(seed, **world)
+
+
+@pytest.mark.parametrize(("scheduler", "violation"), SCHEDULERS)
+def test_broken_scheduler_is_caught(scheduler: type[Scheduler], violation: str) -> None:
+    assert_caught(violation, make_scheduler=scheduler)
+
+
+@pytest.mark.parametrize(("policy", "violation"), POLICIES)
+def test_broken_policy_is_caught(policy: type[JoinShortestQueue], violation: str) -> None:
+    assert_caught(violation, policy=policy())
+
+
+@pytest.mark.parametrize(("breaks", "violation"), LIVES)
+def test_broken_life_is_caught(
+    breaks: Callable[[pytest.MonkeyPatch], None],
+    violation: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    breaks(monkeypatch)
+    assert_caught(violation)
+
+
+def test_the_same_schedules_pass_unbroken() -> None:
+    for seed in SEEDS:
+        simulate(seed)
+        simulate(seed, policy=JoinShortestQueue())

@@ -1,0 +1,749 @@
+"""The sender against a real server: a transfer is delivered whole, or ends with a reason, in time,
+holding nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc.aio
+import pytest
+
+from cluster.wire import GRPC_OPTIONS, kv_pb2, worker_pb2
+from workers.kv.endpoint import KvEndpoint, publish, published, withdraw
+from workers.kv.frames import checksum, encode_frame
+from workers.kv.inbox import Inbox, KvGeometry, Settled
+from workers.kv.sender import Identity, Sender, Sent, Transfer
+from workers.kv.service import KvInboxService
+
+GEOMETRY = KvGeometry(layers=3, first_head=0, heads=2, head_size=4, element_bytes=2)
+TOKENS = 8
+LAYER_BYTES = GEOMETRY.frame_bytes(TOKENS, GEOMETRY.heads)
+HERE = ("decode", "decode-1")
+SENDER = ("prefill", "prefill-1")
+FINGERPRINT = worker_pb2.Fingerprint(model="tiny", dtype="float32", layers=3)
+LONG_S = 30.0
+"""A deadline that no test comes near."""
+SOON_S = 2.5
+"""What a test waits for something that should happen at once."""
+LARGE = memoryview(bytes(16 << 20))
+"""More than a stream carries to a receiver that reads nothing."""
+
+T = TypeVar("T")
+Frames = AsyncIterator[bytes]
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Loop:
+    """An event loop in a thread of its own, for servers."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(SOON_S)
+
+    def soon(self, work: Callable[[], object]) -> None:
+        self._loop.call_soon_threadsafe(work)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(SOON_S)
+        self._loop.close()
+
+
+class Receiver(KvInboxService):
+    """A decode worker's end. `frames_seen` gets a frame's number when the frame is taken in."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        incarnation: str = HERE[1],
+        fingerprint: worker_pb2.Fingerprint = FINGERPRINT,
+        inbox: Inbox | None = None,
+    ) -> None:
+        self.inbox = inbox or Inbox(GEOMETRY, incarnation, 1 << 20, LONG_S, time.monotonic)
+        super().__init__(self.inbox, HERE[0], incarnation, fingerprint)
+        self.incarnation = incarnation
+        self.frames_seen: queue.Queue[int] = queue.Queue()
+        self.pushes = 0
+        self._loop = loop
+        self.port = 0
+
+    def start(self, port: int = 0) -> None:
+        self._loop.call(self._start(port))
+
+    async def _start(self, port: int) -> None:
+        self._server = grpc.aio.server(options=GRPC_OPTIONS)
+        self.register(self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        await self._server.start()
+
+    def stop(self) -> None:
+        self._loop.call(self._server.stop(0))
+
+    async def push(self, frames: Frames, context: Context) -> bytes:
+        self.pushes += 1
+        return await super().push(self._watched(self.on_the_wire(frames)), context)
+
+    async def _watched(self, frames: Frames) -> Frames:
+        number = 0
+        async for frame in frames:
+            # Asked for when the one before has been taken in.
+            if number:
+                self.frames_seen.put(number - 1)
+            number += 1
+            yield frame
+
+    def on_the_wire(self, frames: Frames) -> Frames:
+        return frames
+
+    def send_kv(self, transfer_id: str = "t") -> worker_pb2.SendKv:
+        return worker_pb2.SendKv(
+            transfer_id=transfer_id,
+            address=f"127.0.0.1:{self.port}",
+            worker_id=HERE[0],
+            incarnation=self.incarnation,
+        )
+
+    def claim(self, transfer_id: str = "t") -> queue.Queue[Settled]:
+        settled: queue.Queue[Settled] = queue.Queue()
+        self.inbox.expect(transfer_id, SENDER, settled.put)
+        return settled
+
+
+class Silent(Receiver):
+    """Answers nothing until it is let go."""
+
+    def __init__(self, loop: Loop, method: str) -> None:
+        super().__init__(loop)
+        self._method = method
+        self._go = asyncio.Event()
+        self.asked: queue.Queue[str] = queue.Queue()
+
+    async def Pair(  # noqa: N802 - gRPC's name
+        self, request: kv_pb2.PairRequest, context: Context
+    ) -> kv_pb2.PairReply:
+        await self._wait("Pair")
+        return await super().Pair(request, context)
+
+    async def push(self, frames: Frames, context: Context) -> bytes:
+        await self._wait("Push")
+        return kv_pb2.TransferResult(reason="at last").SerializeToString()
+
+    async def _wait(self, method: str) -> None:
+        self.asked.put(method)
+        if method == self._method:
+            await self._go.wait()
+
+    def let_go(self) -> None:
+        self._loop.soon(self._go.set)
+
+
+@dataclass
+class Outbox:
+    """A prefill worker's end."""
+
+    sender: Sender
+    sent: queue.Queue[Sent]
+    threads_before: set[threading.Thread]
+
+    def open(self, receiver: Receiver, transfer_id: str = "t") -> Transfer:
+        return self.sender.open(receiver.send_kv(transfer_id), TOKENS, b"digest")
+
+    def result(self) -> Sent:
+        return self.sent.get(timeout=SOON_S)
+
+    def assert_at_rest(self) -> None:
+        """Nothing is staged, no transfer is open, and no thread is left."""
+        for thread in set(threading.enumerate()) - self.threads_before:
+            thread.join(SOON_S)
+            assert not thread.is_alive(), thread.name
+        assert (self.sender.staged_bytes, self.sender.transfers) == (0, 0)
+        assert self.sent.empty()
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def start(loop: Loop) -> Iterator[Callable[[Receiver], Receiver]]:
+    started: list[Receiver] = []
+
+    def start_one(receiver: Receiver) -> Receiver:
+        receiver.start()
+        started.append(receiver)
+        return receiver
+
+    yield start_one
+    for receiver in started:
+        receiver.stop()
+
+
+@pytest.fixture
+def receiver(loop: Loop, start: Callable[[Receiver], Receiver]) -> Receiver:
+    return start(Receiver(loop))
+
+
+MakeOutbox = Callable[..., Outbox]
+
+
+@pytest.fixture
+def make_outbox() -> Iterator[MakeOutbox]:
+    """Call it when servers have started: the threads that are there then are not the sender's."""
+    outboxes: list[Outbox] = []
+
+    def make(deadline_s: float = LONG_S, max_staged_bytes: int = 1 << 20) -> Outbox:
+        sent: queue.Queue[Sent] = queue.Queue()
+        identity = Identity(*SENDER, FINGERPRINT)
+        sender = Sender(identity, max_staged_bytes, deadline_s, sent.put)
+        outboxes.append(Outbox(sender, sent, set(threading.enumerate())))
+        return outboxes[-1]
+
+    yield make
+    for outbox in outboxes:
+        outbox.sender.close(timeout_s=0)
+
+
+def layer_payload(layer: int) -> memoryview:
+    return memoryview(bytes((layer * 31 + i) % 256 for i in range(LAYER_BYTES)))
+
+
+def push_layer(transfer: Transfer, layer: int, payload: memoryview | None = None) -> None:
+    payload = layer_payload(layer) if payload is None else payload
+    kv = kv_pb2.KvFrame(
+        layer=layer, tokens=TOKENS, heads=GEOMETRY.heads, checksum=checksum(payload)
+    )
+    transfer.push(kv_pb2.FrameHeader(transfer_id=transfer.transfer_id, kv=kv), payload)
+
+
+def push_all(transfer: Transfer) -> None:
+    for layer in range(GEOMETRY.layers):
+        push_layer(transfer, layer)
+    transfer.finish()
+
+
+# --- delivered --------------------------------------------------------------------------------
+
+
+def test_a_transfer_is_delivered_whole(receiver: Receiver, make_outbox: MakeOutbox) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    push_all(outbox.open(receiver))
+    assert outbox.result() == Sent("t", True, "", GEOMETRY.layers * LAYER_BYTES)
+    assert claim.get(timeout=SOON_S).whole
+    assert receiver.inbox.peek("t") == (TOKENS, b"digest")
+    taken = receiver.inbox.take("t")
+    assert taken is not None
+    for layer in range(GEOMETRY.layers):
+        (frame,) = taken[layer]
+        assert frame.payload == layer_payload(layer)
+    assert receiver.inbox.bytes_held == 0
+    outbox.assert_at_rest()
+
+
+def test_transfers_at_once_stay_apart(receiver: Receiver, make_outbox: MakeOutbox) -> None:
+    outbox = make_outbox(max_staged_bytes=LAYER_BYTES * 2)
+    ids = [f"t{i}" for i in range(12)]
+    transfers = [outbox.open(receiver, transfer_id) for transfer_id in ids]
+    for layer in range(GEOMETRY.layers):
+        for transfer in transfers:
+            push_layer(transfer, layer)
+    for transfer in transfers:
+        transfer.finish()
+    results = [outbox.result() for _ in ids]
+    assert {(sent.transfer_id, sent.delivered, sent.reason) for sent in results} == {
+        (transfer_id, True, "") for transfer_id in ids
+    }
+    assert all(receiver.inbox.take(transfer_id) is not None for transfer_id in ids)
+    outbox.assert_at_rest()
+
+
+def test_a_frame_larger_than_the_whole_bound_goes_alone(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox = make_outbox(max_staged_bytes=1)
+    push_all(outbox.open(receiver))
+    assert outbox.result().delivered
+    outbox.assert_at_rest()
+
+
+def test_what_is_pushed_after_the_end_is_forgotten(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox = make_outbox()
+    transfer = outbox.open(receiver)
+    push_all(transfer)
+    assert outbox.result().delivered
+    push_layer(transfer, 0)
+    transfer.finish()
+    transfer.abort("too late")
+    assert receiver.inbox.take("t") is not None
+    outbox.assert_at_rest()
+
+
+# --- refused ----------------------------------------------------------------------------------
+
+
+def test_a_refused_pairing_names_both_values(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
+) -> None:
+    other = worker_pb2.Fingerprint(model="tiny", dtype="bfloat16", layers=4)
+    receiver = start(Receiver(loop, fingerprint=other))
+    outbox = make_outbox()
+    push_all(outbox.open(receiver))
+    sent = outbox.result()
+    assert not sent.delivered
+    assert sent.reason == (
+        "KV of prefill would be wrong on decode: "
+        "dtype is 'float32' at the sender and 'bfloat16' at the receiver; "
+        "layers is 3 at the sender and 4 at the receiver"
+    )
+    assert (receiver.pushes, receiver.inbox.transfers_held) == (0, 0)
+    outbox.assert_at_rest()
+
+
+def test_a_refused_pairing_is_asked_again_and_an_accepted_one_is_not(
+    receiver: Receiver, make_outbox: MakeOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    answers = iter([kv_pb2.PairReply(reason="not yet"), kv_pb2.PairReply(accepted=True)])
+
+    async def pair(request: kv_pb2.PairRequest, context: Context) -> kv_pb2.PairReply:
+        asked.append(request.worker_id)
+        return next(answers)
+
+    receiver.stop()
+    monkeypatch.setattr(receiver, "Pair", pair)
+    receiver.start()
+    outbox = make_outbox()
+    for transfer_id, delivered in (("a", False), ("b", True), ("c", True)):
+        push_all(outbox.open(receiver, transfer_id))
+        assert outbox.result().delivered is delivered
+    assert asked == ["prefill", "prefill"]
+
+
+def test_a_receiver_of_another_incarnation_refuses_to_pair(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox = make_outbox()
+    send = receiver.send_kv()
+    send.incarnation = "decode-0"
+    push_all(outbox.sender.open(send, TOKENS, b"digest"))
+    sent = outbox.result()
+    assert not sent.delivered
+    assert sent.reason == "asked for decode/decode-0, this is decode/decode-1"
+    outbox.assert_at_rest()
+
+
+def test_a_receiver_that_restarted_since_it_paired_refuses_the_transfer(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
+) -> None:
+    old = Receiver(loop, incarnation="decode-0")
+    old.start()
+    outbox = make_outbox()
+    push_all(outbox.open(old, "before"))
+    assert outbox.result().delivered
+    new = Receiver(loop)
+    # Both listen for a moment, so that the sender's channel always finds one.
+    new.start(old.port)
+    try:
+        old.stop()
+        push_all(outbox.open(old, "after"))
+        sent = outbox.result()
+        assert not sent.delivered
+        assert sent.reason == "it is meant for incarnation decode-0, this is decode-1"
+        assert new.inbox.bytes_held == 0
+        assert new.inbox.take("after") is None
+    finally:
+        new.stop()
+
+
+def test_a_full_inbox_refuses_with_the_reason(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
+) -> None:
+    inbox = Inbox(GEOMETRY, HERE[1], 1, LONG_S, time.monotonic)
+    receiver = start(Receiver(loop, inbox=inbox))
+    outbox = make_outbox()
+    push_all(outbox.open(receiver))
+    sent = outbox.result()
+    assert not sent.delivered
+    assert "the inbox is full" in sent.reason
+    outbox.assert_at_rest()
+
+
+# --- damaged on the way -----------------------------------------------------------------------
+
+
+async def flip_payload(frames: Frames) -> Frames:
+    async for i, frame in numbered(frames):
+        yield frame[:-1] + bytes([frame[-1] ^ 1]) if i == 2 else frame
+
+
+async def flip_header(frames: Frames) -> Frames:
+    async for i, frame in numbered(frames):
+        yield frame[:12] + bytes([frame[12] ^ 1]) + frame[13:] if i == 2 else frame
+
+
+async def truncate(frames: Frames) -> Frames:
+    async for i, frame in numbered(frames):
+        yield frame[:-16] if i == 2 else frame
+
+
+async def duplicate(frames: Frames) -> Frames:
+    async for frame in frames:
+        yield frame
+        yield frame
+
+
+async def duplicate_one(frames: Frames) -> Frames:
+    async for i, frame in numbered(frames):
+        yield frame
+        if i == 2:
+            yield frame
+
+
+async def lose(frames: Frames) -> Frames:
+    async for i, frame in numbered(frames):
+        if i != 2:
+            yield frame
+
+
+async def open_late(frames: Frames) -> Frames:
+    opened = await anext(frames)
+    yield await anext(frames)
+    yield opened
+    async for frame in frames:
+        yield frame
+
+
+async def mix_up(frames: Frames) -> Frames:
+    """A frame of another transfer gets into the stream."""
+    async for i, frame in numbered(frames):
+        yield OF_ANOTHER if i == 2 else frame
+
+
+async def reverse(frames: Frames) -> Frames:
+    yield await anext(frames)
+    rest = [frame async for frame in frames]
+    for frame in reversed(rest):
+        yield frame
+
+
+async def numbered(frames: Frames) -> AsyncIterator[tuple[int, bytes]]:
+    i = 0
+    async for frame in frames:
+        yield i, frame
+        i += 1
+
+
+def _of_another() -> bytes:
+    abort = kv_pb2.AbortTransfer(reason="not yours")
+    return encode_frame(kv_pb2.FrameHeader(transfer_id="another", abort=abort))
+
+
+OF_ANOTHER = _of_another()
+
+
+def through(loop: Loop, wire: Callable[[Frames], Frames]) -> Receiver:
+    receiver = Receiver(loop)
+    receiver.on_the_wire = wire  # type: ignore[method-assign]
+    return receiver
+
+
+@pytest.mark.parametrize(
+    ("wire", "reason"),
+    [
+        (flip_payload, "layer 1, tokens from 0: the payload does not match its checksum"),
+        (flip_header, "its header does not match its checksum"),
+        (truncate, "layer 1, tokens from 0: the payload does not match its checksum"),
+        (duplicate, "the transfer was opened twice"),
+        (duplicate_one, "layer 1, tokens from 0 arrived twice"),
+        (lose, "the sender's stream ended before the KV was whole"),
+        (open_late, "a frame arrived before the transfer was opened"),
+        (mix_up, "a frame of another in the stream of t"),
+    ],
+)
+def test_a_damaged_stream_fails_at_both_ends_with_the_reason(
+    loop: Loop,
+    start: Callable[[Receiver], Receiver],
+    make_outbox: MakeOutbox,
+    wire: Callable[[Frames], Frames],
+    reason: str,
+) -> None:
+    receiver = start(through(loop, wire))
+    outbox, claim = make_outbox(), receiver.claim()
+    push_all(outbox.open(receiver))
+    sent = outbox.result()
+    assert (sent.delivered, sent.reason) == (False, reason)
+    settled = claim.get(timeout=SOON_S)
+    assert (settled.whole, settled.reason) == (False, reason)
+    assert claim.empty()
+    assert receiver.inbox.take("t") is None
+    assert receiver.inbox.bytes_held == 0
+    outbox.assert_at_rest()
+
+
+def test_kv_frames_out_of_order_are_no_damage(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
+) -> None:
+    receiver = start(through(loop, reverse))
+    outbox = make_outbox()
+    push_all(outbox.open(receiver))
+    assert outbox.result().delivered
+    assert receiver.inbox.take("t") is not None
+
+
+# --- broken off -------------------------------------------------------------------------------
+
+
+def test_a_receiver_that_stops_midway_ends_the_transfer(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    push_layer(transfer, 1)
+    assert receiver.frames_seen.get(timeout=SOON_S) == 0
+    receiver.stop()
+    sent = outbox.result()
+    assert not sent.delivered
+    assert sent.reason.startswith(f"127.0.0.1:{receiver.port}: ")
+    assert transfer.done.is_set()
+    push_layer(transfer, 2)
+    # Nobody called `finish`, and still no thread waits for it.
+    outbox.assert_at_rest()
+    assert not claim.get(timeout=SOON_S).whole
+    assert receiver.inbox.bytes_held == 0
+
+
+def test_a_sender_that_gives_up_midway_fails_the_transfer(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    transfer.abort("the prefill was aborted")
+    push_layer(transfer, 1)
+    sent = outbox.result()
+    reason = "the sender gave up: the prefill was aborted"
+    assert sent == Sent("t", False, reason, LAYER_BYTES)
+    settled = claim.get(timeout=SOON_S)
+    assert (settled.whole, settled.reason) == (False, reason)
+    assert receiver.inbox.bytes_held == 0
+    outbox.assert_at_rest()
+
+
+def test_a_sender_that_finishes_too_early_fails_the_transfer(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    transfer.finish()
+    sent = outbox.result()
+    reason = "the sender's stream ended before the KV was whole"
+    assert (sent.delivered, sent.reason) == (False, reason)
+    assert claim.get(timeout=SOON_S).reason == reason
+    assert receiver.inbox.bytes_held == 0
+
+
+def test_a_sender_whose_connection_is_gone_fails_the_transfer(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    push_layer(transfer, 1)
+    assert receiver.frames_seen.get(timeout=SOON_S) == 0
+    outbox.sender.peer(receiver.send_kv()).channel.close()
+    settled = claim.get(timeout=SOON_S)
+    assert not settled.whole
+    assert settled.reason == "the sender's stream ended before the KV was whole"
+    assert receiver.inbox.bytes_held == 0
+    assert not outbox.result().delivered
+    outbox.assert_at_rest()
+
+
+def test_a_stopping_worker_tells_its_receivers(receiver: Receiver, make_outbox: MakeOutbox) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    outbox.sender.close()
+    assert claim.get(timeout=SOON_S).reason == "the sender gave up: the worker is stopping"
+    assert not outbox.result().delivered
+    outbox.assert_at_rest()
+
+
+def test_nobody_listens(receiver: Receiver, make_outbox: MakeOutbox) -> None:
+    receiver.stop()
+    outbox = make_outbox()
+    push_all(outbox.open(receiver))
+    sent = outbox.result()
+    assert not sent.delivered
+    assert "UNAVAILABLE" in sent.reason
+    outbox.assert_at_rest()
+
+
+# --- never answered ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["Pair", "Push"])
+def test_a_receiver_that_never_answers_costs_no_more_than_the_deadline(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox, method: str
+) -> None:
+    receiver = start(Silent(loop, method))
+    outbox = make_outbox(deadline_s=0.4)
+    began_s = time.monotonic()
+    for i in range(4):
+        push_all(outbox.open(receiver, f"t{i}"))
+    results = [outbox.result() for _ in range(4)]
+    assert time.monotonic() - began_s < 1.5
+    assert not any(sent.delivered for sent in results)
+    assert all("DEADLINE_EXCEEDED" in sent.reason for sent in results)
+    outbox.assert_at_rest()
+
+
+def test_a_prefill_that_never_ends_costs_no_more_than_the_deadline(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(deadline_s=0.4), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    assert not outbox.result().delivered
+    assert not claim.get(timeout=SOON_S).whole
+    outbox.assert_at_rest()
+
+
+def test_a_full_stage_blocks_and_then_ends_the_transfer(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
+) -> None:
+    receiver = start(Silent(loop, "Push"))
+    outbox = make_outbox(deadline_s=0.5, max_staged_bytes=len(LARGE) * 3 // 2)
+    began_s = time.monotonic()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0, LARGE)
+    assert time.monotonic() - began_s < 0.4
+    assert outbox.sender.staged_bytes > len(LARGE)
+    push_layer(transfer, 1, LARGE)
+    waited_s = time.monotonic() - began_s
+    assert 0.4 < waited_s < 1.5
+    assert outbox.sender.staged_bytes <= outbox.sender.max_staged_bytes
+    sent = outbox.result()
+    assert (sent.delivered, sent.bytes) == (False, len(LARGE))
+    outbox.assert_at_rest()
+
+
+def test_the_stage_has_room_when_a_frame_is_sent(make_outbox: MakeOutbox) -> None:
+    sender = make_outbox(max_staged_bytes=100).sender
+    never = threading.Event()
+    assert sender.stage(60, 0, never)
+    assert sender.stage(40, 0, never)
+    assert not sender.stage(1, 0, never)
+    through = queue.Queue[bool]()
+    thread = threading.Thread(target=lambda: through.put(sender.stage(50, LONG_S, never)))
+    thread.start()
+    sender.unstage(40)
+    assert through.empty()
+    sender.unstage(60)
+    assert through.get(timeout=SOON_S)
+    assert sender.staged_bytes == 50
+    sender.unstage(50)
+    thread.join(SOON_S)
+
+
+def test_a_push_stops_waiting_for_room_when_its_transfer_has_ended(
+    loop: Loop,
+    start: Callable[[Receiver], Receiver],
+    make_outbox: MakeOutbox,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    silent, later = Silent(loop, "Push"), Silent(loop, "Push")
+    start(silent), start(later)
+    outbox = make_outbox(max_staged_bytes=len(LARGE) * 3 // 2)
+    push_layer(outbox.open(silent, "holds the room"), 0, LARGE)
+    waiting = threading.Event()
+    stage = outbox.sender.stage
+
+    def watched(*args: Any) -> bool:
+        waiting.set()
+        return stage(*args)
+
+    monkeypatch.setattr(outbox.sender, "stage", watched)
+    transfer = outbox.open(later, "ends")
+    engine = threading.Thread(target=push_layer, args=(transfer, 0, LARGE))
+    engine.start()
+    assert waiting.wait(SOON_S)
+    later.let_go()
+    assert outbox.result() == Sent("ends", False, "at last", 0)
+    engine.join(SOON_S)
+    assert not engine.is_alive()
+
+
+def test_a_stopping_worker_does_not_wait_for_silent_receivers(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
+) -> None:
+    receiver = start(Silent(loop, "Push"))
+    outbox = make_outbox()
+    for i in range(5):
+        push_layer(outbox.open(receiver, f"t{i}"), 0)
+    assert [receiver.asked.get(timeout=SOON_S) for _ in range(5)]
+    began_s = time.monotonic()
+    outbox.sender.close(timeout_s=0.2)
+    assert time.monotonic() - began_s < 0.7
+    assert not any(outbox.result().delivered for _ in range(5))
+    outbox.assert_at_rest()
+
+
+# --- the endpoint -----------------------------------------------------------------------------
+
+
+def test_an_endpoint_opens_a_transfer_once_until_it_ends(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox = make_outbox()
+    endpoint = KvEndpoint(receiver.inbox, outbox.sender)
+    digests: list[bytes] = []
+
+    def digest() -> bytes:
+        digests.append(b"digest")
+        return digests[-1]
+
+    transfers = {
+        id(endpoint.sending(receiver.send_kv(), TOKENS, digest)) for _ in range(GEOMETRY.layers)
+    }
+    assert (len(transfers), len(digests)) == (1, 1)
+    transfer = endpoint.sending(receiver.send_kv(), TOKENS, digest)
+    for layer in range(GEOMETRY.layers):
+        push_layer(transfer, layer)
+    endpoint.finish("t")
+    endpoint.finish("t")
+    endpoint.abort("t", "it has ended")
+    assert outbox.result().delivered
+
+    endpoint.sending(receiver.send_kv("u"), TOKENS, digest)
+    endpoint.abort("u", "preempted")
+    assert outbox.result().reason == "the sender gave up: preempted"
+    outbox.assert_at_rest()
+
+
+def test_an_endpoint_is_found_by_name_while_it_is_published(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    endpoint = KvEndpoint(receiver.inbox, make_outbox().sender)
+    publish("some", endpoint)
+    assert published("some") is endpoint
+    withdraw("some")
+    withdraw("some")
+    with pytest.raises(LookupError, match="no KV endpoint 'some'"):
+        published("some")
