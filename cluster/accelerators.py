@@ -30,7 +30,7 @@ _NUMBERS: Final = (
 _VENDOR: Final = re.compile(r"^(acceleratortype|nvidia|tesla|amdinstinct|amd)+")
 
 
-class UnknownAccelerator(LookupError):  # noqa: N818
+class UnknownAccelerator(LookupError):
     """No accelerator goes by this name; the message lists those that are known."""
 
 

@@ -45,8 +45,8 @@ class LocalNode(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     accelerator: str | None = None
-    cpus: int = Field(1, gt=0)
-    gpus: int = Field(0, ge=0)
+    cpus: int = Field(default=1, gt=0)
+    gpus: int = Field(default=0, ge=0)
 
 
 class BatonConfig(BaseSettings):
@@ -142,11 +142,12 @@ def load_config(flags: dict[str, Any]) -> BatonConfig:
             for problem in error.errors()
         )
         raise BadConfig(problems) from error
+    except SettingsError as error:
+        raise BadConfig(f"environment: {error}: not JSON ({error.__cause__})") from error
+    except (TypeError, ValueError) as error:
+        raise BadConfig(f"{file}: it must hold names and values, as in `port: 8000`") from error
     except Exception as error:
-        # What an environment variable holds must be JSON for a list; pydantic says what was wrong
-        # with it only in the cause.
-        where = "environment" if isinstance(error, SettingsError) else file
-        raise BadConfig(f"{where}: {error}") from error
+        raise BadConfig(f"{file}: {error}") from error
     if config.prefill + config.decode == 0:
         raise BadConfig("prefill and decode are both 0: at least one worker is needed")
     return config

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.engine_build import on_gpu
 from cluster.errors import one_line
+from cluster.logs import configure_logs
 from cluster.membership import (
     REDIS_ERRORS,
     DesiredPools,
@@ -96,6 +97,7 @@ class Controller:
     """Run it as an actor: `start_controller`. `loop` runs until `stop` is called."""
 
     def __init__(self, settings_json: str) -> None:
+        configure_logs()
         self._settings = ControllerSettings.from_json(settings_json)
         self._redis = open_redis(self._settings.redis_url)
         self._membership = Membership(self._redis, self._settings.cluster, self._settings.lease_s)

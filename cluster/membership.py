@@ -117,7 +117,7 @@ class Membership:
         text = await self._redis.get(f"{self._prefix}:desired")
         return None if text is None else DesiredPools(**json.loads(text))
 
-    async def _values(self, pattern: str) -> list[bytes]:
+    async def _values(self, pattern: str) -> list[bytes | str]:
         keys = [key async for key in self._redis.scan_iter(match=pattern, count=500)]
         values = await self._redis.mget(keys) if keys else []
         # A lease may run out between the two reads.

@@ -26,7 +26,7 @@ NODES_NAMED_MAX: Final = 8
 """Nodes an error message lists."""
 
 
-class NotEnoughCapacity(RuntimeError):  # noqa: N818
+class NotEnoughCapacity(RuntimeError):
     """The nodes have no room for the workers; the message says what to change."""
 
 

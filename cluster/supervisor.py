@@ -193,6 +193,7 @@ class Supervisor:
         os.environ[RUN_VARIABLE] = self._run_id
         # setproctitle (in Ray and vLLM) would overwrite the environment that the mark is in.
         os.environ["SPT_NOENV"] = "1"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         temporary = self._folder / "tmp"
         # Ray writes the address of its cluster there, and expects the folder.
         (temporary / "ray").mkdir(parents=True)
@@ -356,9 +357,8 @@ class Supervisor:
             if problem and not records:
                 raise StartFailed(problem)
             if time.monotonic() > deadline:
-                raise StartFailed(
-                    f"the workers were not ready within {self.config.start_deadline_s:g} s: {problem}"
-                )
+                deadline_s = self.config.start_deadline_s
+                raise StartFailed(f"the workers were not ready in {deadline_s:g} s: {problem}")
             await asyncio.sleep(POLL_S)
 
     def _tell_worker(self, record: WorkerRecord) -> None:
@@ -407,7 +407,7 @@ class Supervisor:
         return self.config.prefill + self.config.decode
 
     def _spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-        environment = {"VLLM_LOGGING_LEVEL": "WARNING", **os.environ}
+        environment = dict(os.environ)
         if self.config.verbose:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
         with (self._folder / f"{name}.log").open("wb") as log:

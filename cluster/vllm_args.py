@@ -21,11 +21,11 @@ def parse_vllm_args(vllm_args: Sequence[str]) -> argparse.Namespace:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
-        def error(self, message: str) -> None:  # type: ignore[override]
+        def error(self, message: str) -> None:
             raise BadVllmArguments(message)
 
     parser = make_arg_parser(Parser(prog="vllm serve"))
-    namespace = parser.parse_args(list(vllm_args))
+    namespace: argparse.Namespace = parser.parse_args(list(vllm_args))
     if getattr(namespace, "model_tag", None):
         namespace.model = namespace.model_tag
     try:

@@ -8,11 +8,12 @@ import sys
 import uvloop
 
 from cluster.errors import ERROR_PREFIX, one_line
+from cluster.logs import configure_logs
 from router.settings import RouterSettings
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO)
+    configure_logs()
     settings = RouterSettings.from_json(sys.argv[1])
     # After the arguments are read: this imports vLLM.
     from router.server import run_router

@@ -109,7 +109,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         self._worker_up = asyncio.Event()
         self._loras: dict[int, LoRARequest] = {}
 
-    # --- requests, called by vLLM's front end -------------------------------------------------
+    # --- requests, called by vLLM's front end -----------------------------------------------------
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         self._requests[request.request_id] = request
@@ -122,7 +122,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
     async def get_output_async(self) -> EngineCoreOutputs:
         return await self._outputs.get()
 
-    # --- workers, called by the membership watcher -----------------------------------------------
+    # --- workers, called by the membership watcher ------------------------------------------------
 
     async def connect(self, address: str, pool: Pool, on_lost: Callable[[str], None]) -> WorkerKey:
         """Link to a worker and give it work.
@@ -174,7 +174,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         """To be called every TICK_S."""
         self._carry_out(self.scheduler.on_tick(self._clock()))
 
-    # --- carrying out the scheduler's decisions ----------------------------------------------------
+    # --- carrying out the scheduler's decisions ---------------------------------------------------
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
@@ -260,7 +260,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         self._requests.pop(request_id, None)
         return actions
 
-    # --- what workers say -----------------------------------------------------------------------------
+    # --- what workers say -------------------------------------------------------------------------
 
     def _on_message(self, worker: ConnectedWorker, message: worker_pb2.FromEngine) -> None:
         match message.WhichOneof("kind"):
@@ -336,7 +336,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             kv_cache_usage=sum(s.kv_cache_usage for s in stats) / len(stats),
         )
 
-    # --- calls that go to every worker -------------------------------------------------------------
+    # --- calls that go to every worker ------------------------------------------------------------
 
     async def _call_all(self, method: str, *args: Any) -> list[Any]:
         """Raises RuntimeError with the first worker's error."""

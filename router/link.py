@@ -61,7 +61,7 @@ class WorkerLink:
             reader, self._reader = self._reader, None
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def _read(self) -> None:
         reason = "it closed the stream"

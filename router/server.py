@@ -49,7 +49,7 @@ async def run_router(settings: RouterSettings) -> None:
     """
     args = router_args(settings)
     # Bound before anything else is started, so that a port in use is found out at once.
-    listen_address, sock = setup_server(args, reuse_port=False)
+    _, sock = setup_server(args, reuse_port=False)
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     metrics = RouterMetrics(REGISTRY)

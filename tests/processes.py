@@ -117,9 +117,10 @@ class Cluster:
     workers: dict[str, Process] = field(default_factory=dict)
     router: Process | None = None
     router_settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
     def start_worker(
-        self, worker_id: str, pool: str, cpu_ids: list[int], **settings: Any
+        self, worker_id: str, pool: str, cpu_ids: list[int], module: str = "workers"
     ) -> Process:
         values = {
             "worker_id": worker_id,
@@ -129,11 +130,9 @@ class Cluster:
             "redis_url": self.redis_url,
             "pool": pool,
             "handoff": {},
-            **settings,
         }
-        process = spawn(
-            worker_id, [sys.executable, "-m", "workers", json.dumps(values)], self.folder, QUIET
-        )
+        command = [sys.executable, "-m", module, json.dumps(values)]
+        process = spawn(worker_id, command, self.folder, {**QUIET, **self.environment})
         self.workers[worker_id] = process
         return process
 
@@ -170,15 +169,21 @@ QUIET = {"VLLM_LOGGING_LEVEL": "WARNING"}
 
 @contextlib.contextmanager
 def running_cluster(
-    folder: Path, vllm_args: list[str], prefill: int = 1, decode: int = 1
+    folder: Path,
+    vllm_args: list[str],
+    prefill: int = 1,
+    decode: int = 1,
+    prefill_module: str = "workers",
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Cluster]:
     cores = sorted(os.sched_getaffinity(0))
     with redis_server(folder) as (redis_url, _):
-        cluster = Cluster(f"http://127.0.0.1:{free_port()}", redis_url, folder, vllm_args)
+        url = f"http://127.0.0.1:{free_port()}"
+        cluster = Cluster(url, redis_url, folder, vllm_args, environment=environment or {})
         try:
-            names = [("prefill", i) for i in range(prefill)] + [("decode", i) for i in range(decode)]
-            for index, (pool, i) in enumerate(names):
-                cluster.start_worker(f"{pool}-{i}", pool, [cores[index % len(cores)]])
+            for index, pool in enumerate(["prefill"] * prefill + ["decode"] * decode):
+                module = prefill_module if pool == "prefill" else "workers"
+                cluster.start_worker(f"{pool}-{index}", pool, [cores[index % len(cores)]], module)
             cluster.start_router()
             wait_until_serving(cluster.url, *cluster.processes())
             wait_for_workers(cluster, prefill + decode)

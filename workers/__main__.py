@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import sys
+from typing import Any
 
+from cluster.logs import configure_logs
 from workers.environment import prepare_environment
 from workers.settings import WorkerSettings
 
@@ -26,13 +27,14 @@ async def serve(settings: WorkerSettings) -> None:
     worker = await Worker.start(settings)
     print(json.dumps({"address": worker.description.kv_address}), flush=True)
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({stopping, worker.service.failed}, return_when=asyncio.FIRST_COMPLETED)
+    waits: set[asyncio.Future[Any]] = {stopping, worker.service.failed}
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     await worker.stop()
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO)
+    configure_logs()
     settings = WorkerSettings.from_json(sys.argv[1])
     prepare_environment(settings.cpu_ids)
     asyncio.run(serve(settings))

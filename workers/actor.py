@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cluster.logs import configure_logs
 from workers.environment import prepare_environment
 from workers.settings import WorkerSettings
 
@@ -34,13 +35,15 @@ class WorkerActor:
             cpu_ids = share_of_cores(share_index, share_count)
             settings = dataclasses.replace(settings, cpu_ids=cpu_ids)
         prepare_environment(settings.cpu_ids)
+        configure_logs()
         # Only now: this imports torch and vLLM, which read the environment.
         from workers.worker import Worker
 
         self._worker = await Worker.start(settings)
         stopped = asyncio.create_task(self._stopped.wait())
         failed = self._worker.service.failed
-        await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
+        waits: set[asyncio.Future[Any]] = {stopped, failed}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         await self._worker.stop()
         return failed.result() if failed.done() else "it was stopped"

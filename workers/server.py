@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -156,8 +157,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self.failed.set_result(message)
 
 
-async def add_standard_services(server: grpc.aio.Server) -> health.aio.HealthServicer:
-    servicer = health.aio.HealthServicer()
+async def add_standard_services(server: grpc.aio.Server) -> Any:
+    servicer: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stubs lack it
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     for service in ("", *SERVICES):
         await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)

@@ -25,6 +25,8 @@ RESUME_VOCAB = "baton_resume_vocab"
 
 
 class ResumableRequestState(CachedRequestState):  # type: ignore[misc]
+    generator: torch.Generator | None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         extra = (self.sampling_params.extra_args or {}) if self.sampling_params else {}
@@ -43,6 +45,7 @@ class ResumableRequestState(CachedRequestState):  # type: ignore[misc]
     def _skip_draws(self, tokens: int, vocab_size: int) -> None:
         """Bring a GPU's generator to where it stands after `tokens` sampled tokens: vLLM draws one
         exponential variate for each entry of the vocabulary and token."""
+        assert self.generator is not None
         draw = torch.empty(vocab_size, dtype=torch.float32, device=self.generator.device)
         for _ in range(tokens):
             draw.exponential_(generator=self.generator)
@@ -57,7 +60,7 @@ class CpuGenerator(torch.Generator):
     """
 
     def __new__(cls, seed: int, tokens_drawn: Callable[[], int]) -> CpuGenerator:
-        return super().__new__(cls, device="cpu")
+        return super().__new__(cls, device="cpu")  # type: ignore[call-arg]
 
     def __init__(self, seed: int, tokens_drawn: Callable[[], int]) -> None:
         self._seed = seed
@@ -67,8 +70,9 @@ class CpuGenerator(torch.Generator):
     def get_offset(self) -> int:
         return 4 * self._tokens_drawn()
 
-    def set_offset(self, offset: int) -> None:
+    def set_offset(self, offset: int) -> torch.Generator:
         self._rewind()
+        return self
 
     def _rewind(self) -> None:
         """vLLM's CPU sampler draws one seed for each token (`TopKTopPSampler.forward_cpu`)."""

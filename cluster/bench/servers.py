@@ -25,7 +25,8 @@ from cluster.guardian import RUN_VARIABLE
 from cluster.supervisor import free_port
 
 START_DEADLINE_S = 300.0
-STOP_DEADLINE_S = 60.0
+STOP_DEADLINE_S = {"plain": 10.0, "baton": 60.0}
+"""Then it is killed. vLLM does not heed SIGTERM while it starts; `baton up` ends its own."""
 POLL_S = 0.25
 LOG_TAIL_LINES = 5
 PLAIN_MODULE = "vllm.entrypoints.launchers.api_server.entry"
@@ -132,7 +133,7 @@ class Servers:
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(process.wait, STOP_DEADLINE_S)
+                await asyncio.to_thread(process.wait, STOP_DEADLINE_S[name])
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await asyncio.to_thread(process.wait)

@@ -208,7 +208,7 @@ def train(model: LlamaForCausalLM, vocabulary: Vocabulary, args: argparse.Namesp
         asked = target != IGNORED_LABEL
         share = (flat[asked].argmax(-1) == target[asked]).float().mean().item()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         learned = 0.95 * learned + 0.05 * share

@@ -68,7 +68,7 @@ def _option(path: tuple[str, ...], field: FieldInfo) -> Callable[[Any], Any]:
     return click.option(name, parameter, type=kind, default=None, help=help_text, metavar="VALUE")
 
 
-class _Json(click.ParamType):
+class _Json(click.ParamType[Any]):
     name = "json"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:

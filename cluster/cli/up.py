@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from typing import Any
@@ -72,7 +73,8 @@ async def _start_and_wait(supervisor: Supervisor, console: Console) -> None:
         f"Dashboard at {url}/dashboard, metrics at {url}/metrics. Ctrl-C stops it. Try:\n"
     )
     prompt = "k7=493; k12=018; k103=772; k12?" if config.model is None else "Say hello"
-    body = f'{{"model": "{supervisor.model_name}", "messages": [{{"role": "user", "content": "{prompt}"}}]}}'
+    message = {"role": "user", "content": prompt}
+    body = json.dumps({"model": supervisor.model_name, "messages": [message]})
     console.print(
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n",
         markup=False,

@@ -26,7 +26,7 @@ def wait_for(what: str, condition: Any, deadline_s: float = 15.0) -> None:
 
 
 def test_client_that_leaves_ends_its_request_everywhere(cluster: Cluster) -> None:
-    """Disconnects at random points of many requests; afterwards no worker runs or holds anything."""
+    """At many points of a request's life; afterwards no worker runs or holds anything."""
 
     async def leave_after(seconds: float, seed: int) -> None:
         body = {

@@ -211,7 +211,7 @@ def takes_the_hand_over_for_the_end(patch: pytest.MonkeyPatch) -> None:
 SCHEDULERS: list[tuple[type[Scheduler], str]] = [
     (KeepsCharges, "load of"),
     (RefundsPrefillAtTheEndOnly, "load of"),
-    (HearsFormerLegs, "wrong token|after it|is not open|ends? as aborted|finished: abort"),
+    (HearsFormerLegs, "wrong token|finished: (abort|length) with"),
     (ForgetsTheQueue, "waits, although"),
     (RetriesTheQueueForNewWorkersOnly, "waits, although"),
     (GivesUpSilently, "is forgotten"),

@@ -40,6 +40,7 @@ FAULTS_S = 12.0
 END_S = 200.0
 """A world that is not done by then makes no progress."""
 TRACE_LINES = 40
+PROMPTS_TOKENS = range(1, LONG_MODEL_LEN // 2)
 Said = StartPrefill | StartDecode | StartLocal | CancelLeg | DropTransfer
 """Actions that are messages to a worker."""
 
@@ -161,7 +162,8 @@ class World:
         for i in range(rng.randint(2, 14)):
             spec = Spec(
                 request_id=f"r{i}",
-                prompt_tokens=rng.randint(1, LONG_MODEL_LEN // 2),
+                # Now and then one that fits a short model by a single token.
+                prompt_tokens=rng.choice((*rng.choices(PROMPTS_TOKENS, k=5), SHORT_MODEL_LEN - 1)),
                 max_tokens=rng.choice((1, 2, 5, 20, 40, LONG_MODEL_LEN)),
                 stops_after=rng.choice((1, 2, 4, 15, 30, LONG_MODEL_LEN * 2)),
                 can_hand_over=rng.random() < 0.9,

@@ -168,4 +168,4 @@ def test_a_digest_depends_on_order_and_length_alone() -> None:
     assert digest_tokens([1, 2]) == digest_tokens((1, 2))
     assert digest_tokens([1, 2]) != digest_tokens([2, 1])
     assert digest_tokens([0]) != digest_tokens([0, 0])
-    assert digest_tokens([1, 0]) != digest_tokens([256])
+    assert digest_tokens([0, 1]) != digest_tokens([256])

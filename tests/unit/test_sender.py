@@ -447,12 +447,9 @@ async def numbered(frames: Frames) -> AsyncIterator[tuple[int, bytes]]:
         i += 1
 
 
-def _of_another() -> bytes:
-    abort = kv_pb2.AbortTransfer(reason="not yours")
-    return encode_frame(kv_pb2.FrameHeader(transfer_id="another", abort=abort))
-
-
-OF_ANOTHER = _of_another()
+OF_ANOTHER = encode_frame(
+    kv_pb2.FrameHeader(transfer_id="another", abort=kv_pb2.AbortTransfer(reason="not yours"))
+)
 
 
 def through(loop: Loop, wire: Callable[[Frames], Frames]) -> Receiver:

@@ -71,7 +71,7 @@ class Save:
 
 
 @dataclass
-class StepHandoffs(KVConnectorMetadata):
+class StepHandoffs(KVConnectorMetadata):  # type: ignore[misc]
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
 
@@ -273,4 +273,4 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
 
 def _bytes_of(payload: torch.Tensor) -> memoryview:
-    return memoryview(payload.cpu().view(torch.uint8).numpy()).cast("B")
+    return payload.cpu().view(torch.uint8).numpy().data.cast("B")

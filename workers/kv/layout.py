@@ -132,8 +132,8 @@ def _cpu_layer(cache: torch.Tensor, heads: int, head_size: int) -> PagedLayer:
         )
     blocks, _, block_size, _ = cache.shape
     halves = cache.view(blocks, heads, 2, block_size * head_size)
-    keys = halves[:, :, 0].unflatten(-1, (head_size, block_size)).transpose(2, 3)
-    values = halves[:, :, 1].unflatten(-1, (block_size, head_size))
+    keys = halves[:, :, 0].view(blocks, heads, head_size, block_size).transpose(2, 3)
+    values = halves[:, :, 1].view(blocks, heads, block_size, head_size)
     return PagedLayer(keys, values, kv_pb2.KEY_ORDER_CHANNELS_TOKENS)
 
 

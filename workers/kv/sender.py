@@ -42,7 +42,7 @@ class _Peer:
 
     def __init__(self, address: str) -> None:
         self.channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
-        self.push = self.channel.stream_unary(PUSH_METHOD)
+        self.push = self.channel.stream_unary(PUSH_METHOD, None, None)
         self._inbox = kv_pb2_grpc.KvInboxStub(self.channel)  # type: ignore[no-untyped-call]
         self._accepted: kv_pb2.PairReply | None = None
 

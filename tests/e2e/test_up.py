@@ -1,0 +1,278 @@
+"""`baton up` as a user runs it: Ray, Redis, workers, router, and nothing left afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from cluster.config import BUNDLED_MODEL_NAME
+from tests.processes import Process, free_port, http_status, metrics, spawn
+
+READY_WITHIN_S = 150.0
+"""On 2 busy cores; alone it takes 20 to 30 s."""
+GONE_WITHIN_S = 40.0
+BATON = [sys.executable, "-m", "cluster.cli.main"]
+
+
+@dataclass(frozen=True)
+class Up:
+    process: Process
+    name: str
+    url: str
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*BATON, *arguments, "--name", self.name], capture_output=True, text=True, timeout=90
+        )
+
+
+@contextlib.contextmanager
+def up(folder: Path, *arguments: str) -> Iterator[Up]:
+    port, name = free_port(), f"test-{os.getpid()}-{time.monotonic_ns()}"
+    environment = {"XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder), "COLUMNS": "200"}
+    command = [*BATON, "up", *arguments, "--port", str(port), "--name", name]
+    process = spawn("up", command, folder, environment)
+    url = f"http://127.0.0.1:{port}"
+    os.environ["XDG_RUNTIME_DIR"] = str(folder)
+    try:
+        wait_until(lambda: http_status(f"{url}/health") == 200, READY_WITHIN_S, process)
+        yield Up(process, name, url)
+    finally:
+        process.stop()
+
+
+def wait_until(condition, within_s: float, process: Process) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, process.output()
+        assert process.popen.poll() is None or within_s == GONE_WITHIN_S, process.output()
+        time.sleep(0.2)
+
+
+def marked_processes(folder: Path) -> list[str]:
+    """Command lines of processes that `baton up` started below this folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            environment = (entry / "environ").read_bytes() if entry.name.isdigit() else b""
+            if b"BATON_RUN_ID=" in environment and str(folder).encode() in environment:
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
+def assert_nothing_left(running: Up, folder: Path) -> None:
+    wait_until(lambda: not marked_processes(folder), GONE_WITHIN_S, running.process)
+    wait_until(lambda: not list(folder.glob("baton-*")), GONE_WITHIN_S, running.process)
+    assert http_status(f"{running.url}/health") is None
+
+
+@pytest.fixture(scope="module")
+def short_tmp() -> Iterator[Path]:
+    """Ray's sockets need a short path."""
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="bt", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def running(short_tmp: Path) -> Iterator[Up]:
+    with up(short_tmp) as started:
+        yield started
+
+
+def recall_prompt(rng: random.Random, pairs: int) -> tuple[str, str]:
+    """A prompt for the bundled model, and its answer."""
+    keys = rng.sample(range(200), pairs)
+    values = [f"{rng.randrange(1000):03d}" for _ in keys]
+    asked = rng.randrange(pairs)
+    told = "".join(f"k{key}={value}; " for key, value in zip(keys, values, strict=True))
+    return f"{told}k{keys[asked]}?", values[asked]
+
+
+def test_right_answers_through_the_openai_client(running: Up) -> None:
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+    rng = random.Random(1)
+    before = metrics(running.url)
+    right = 0
+    prompts = [recall_prompt(rng, pairs) for pairs in (2, 5, 10, 20, 40, 80, 120, 160)]
+    for prompt, answer in prompts:
+        chat = client.chat.completions.create(
+            model=BUNDLED_MODEL_NAME, messages=[{"role": "user", "content": prompt}], temperature=0
+        )
+        right += chat.choices[0].message.content == answer
+        assert chat.choices[0].finish_reason == "stop"
+        completion = client.completions.create(
+            model=BUNDLED_MODEL_NAME, prompt=prompt, temperature=0, max_tokens=8
+        )
+        assert completion.choices[0].text == chat.choices[0].message.content
+        chunks = client.chat.completions.create(
+            model=BUNDLED_MODEL_NAME,
+            messages=[{"role": "user", "content": prompt}],
+            temperature=0,
+            stream=True,
+        )
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert streamed == chat.choices[0].message.content
+    assert right >= len(prompts) - 1
+
+    after = metrics(running.url)
+    handed = "baton_handoffs_completed_total"
+    assert after[handed] - before[handed] == 3 * len(prompts)
+    assert after["baton_handoffs_failed_total"] == 0
+    assert after["baton_handoff_bytes_total"] > before["baton_handoff_bytes_total"]
+
+
+def test_start_shows_each_part(running: Up) -> None:
+    told = running.process.output()
+    for part in ("redis", "ray", "router", "prefill-0", "decode-0"):
+        assert f"{part} " in told
+    for state in ("starting", "loading", "ready"):
+        assert state in told
+    assert f"{running.url}/v1" in told
+    assert f"{running.url}/dashboard" in told
+    assert "curl " in told
+
+
+def test_the_curl_line_works(running: Up) -> None:
+    line = next(li for li in running.process.output().splitlines() if li.strip().startswith("curl"))
+    answer = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
+    assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == "018"
+
+
+def test_status(running: Up) -> None:
+    shown = running.command("status", "--json")
+    assert shown.returncode == 0, shown.stderr
+    status = json.loads(shown.stdout)
+    assert {w["worker_id"]: w["state"] for w in status["workers"]} == {
+        "prefill-0": "ready",
+        "decode-0": "ready",
+    }
+    assert status["routers"][0]["url"] == running.url
+    assert "prefill-0" in running.command("status").stdout
+
+
+def test_a_second_one_is_refused(running: Up) -> None:
+    second = running.command("up")
+    assert second.returncode == 1
+    assert "runs already" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+
+
+def test_dashboard_shows_the_workers(running: Up) -> None:
+    page = httpx.get(f"{running.url}/dashboard").text
+    assert "prefill-0" in page and "decode-0" in page
+    state = httpx.get(f"{running.url}/dashboard/state").json()
+    assert state["desired"] == {"prefill": 1, "decode": 1}
+    assert [w["state"] for w in state["workers"]] == ["ready", "ready"]
+
+
+def test_killed_worker_comes_back(running: Up) -> None:
+    """The controller starts it again, and requests go on meanwhile."""
+    workers = json.loads(running.command("status", "--json").stdout)["workers"]
+    victim = next(w for w in workers if w["worker_id"] == "decode-0")
+    os.kill(victim["pid"], signal.SIGKILL)
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    prompt, answer = recall_prompt(random.Random(2), 10)
+    completion = client.completions.create(model=BUNDLED_MODEL_NAME, prompt=prompt, temperature=0)
+    assert completion.choices[0].text == answer
+
+    def back() -> bool:
+        now = json.loads(running.command("status", "--json").stdout)["workers"]
+        return any(
+            w["worker_id"] == "decode-0"
+            and w["state"] == "ready"
+            and w["incarnation"] != victim["incarnation"]
+            for w in now
+        )
+
+    wait_until(back, READY_WITHIN_S, running.process)
+    wait_until(
+        lambda: metrics(running.url)['baton_workers{pool="decode"}'] == 1,
+        READY_WITHIN_S,
+        running.process,
+    )
+    before = metrics(running.url)["baton_handoffs_completed_total"]
+    prompt, answer = recall_prompt(random.Random(3), 10)
+    completion = client.completions.create(model=BUNDLED_MODEL_NAME, prompt=prompt, temperature=0)
+    assert completion.choices[0].text == answer
+    assert metrics(running.url)["baton_handoffs_completed_total"] == before + 1
+
+
+def test_down_leaves_nothing(running: Up, short_tmp: Path) -> None:
+    """The last test of the shared cluster."""
+    down = running.command("down")
+    assert down.returncode == 0, down.stderr
+    assert_nothing_left(running, short_tmp)
+    assert running.command("status").returncode != 0
+
+
+def test_hardware_decides_the_role_and_kill_leaves_nothing(short_tmp: Path) -> None:
+    """Several raylets that declare different accelerators; then `baton up` is killed outright."""
+    nodes = [{"accelerator": "H20", "cpus": 1}, {"accelerator": "H100", "cpus": 1}]
+    with up(short_tmp, "--local-nodes", json.dumps(nodes)) as started:
+        workers = json.loads(started.command("status", "--json").stdout)["workers"]
+        placed = {w["pool"]: w["accelerator"] for w in workers}
+        assert placed == {"prefill": "H100", "decode": "H20"}
+        reasons = {w["pool"]: w["placement_reason"] for w in workers}
+        assert "H100" in reasons["prefill"] and "H20" in reasons["decode"]
+        prompt, answer = recall_prompt(random.Random(4), 12)
+        body = {"model": BUNDLED_MODEL_NAME, "prompt": prompt, "temperature": 0}
+        reply = httpx.post(f"{started.url}/v1/completions", json=body, timeout=60).json()
+        assert reply["choices"][0]["text"] == answer
+        started.process.popen.kill()
+        started.process.popen.wait()
+        assert_nothing_left(started, short_tmp)
+
+
+def test_interrupt_while_starting_leaves_nothing(short_tmp: Path) -> None:
+    port, name = free_port(), f"test-{time.monotonic_ns()}"
+    environment = {"XDG_RUNTIME_DIR": str(short_tmp), "TMPDIR": str(short_tmp)}
+    command = [*BATON, "up", "--port", str(port), "--name", name]
+    process = spawn("interrupted", command, short_tmp, environment)
+    wait_until(lambda: "loading" in process.output(), READY_WITHIN_S, process)
+    process.popen.send_signal(signal.SIGINT)
+    process.popen.wait(GONE_WITHIN_S)
+    assert_nothing_left(Up(process, name, f"http://127.0.0.1:{port}"), short_tmp)
+
+
+WRONG = {
+    "unknown flag": (["--no-such-flag"], "no-such-flag"),
+    "wrong vLLM value": (["--max-model-len", "many"], "max-model-len"),
+    "too long for the model": (["--max-model-len", "100000000"], "max_model_len"),
+    "pin that no node has": (["--prefill-accelerator", "H100"], "H100"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_start_is_one_line(short_tmp: Path, what: str) -> None:
+    arguments, said = WRONG[what]
+    environment = {"XDG_RUNTIME_DIR": str(short_tmp), "TMPDIR": str(short_tmp)}
+    failed = subprocess.run(
+        [*BATON, "up", *arguments, "--port", str(free_port()), "--name", f"wrong-{os.getpid()}"],
+        capture_output=True,
+        text=True,
+        timeout=READY_WITHIN_S,
+        env={**os.environ, **environment},
+    )
+    assert failed.returncode == 1
+    assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
+    assert failed.stderr.startswith("baton: ")
+    assert said in failed.stderr
+    assert not marked_processes(short_tmp)
+    assert not list(short_tmp.glob("baton-*"))

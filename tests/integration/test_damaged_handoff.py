@@ -1,0 +1,80 @@
+"""KV that arrives damaged is recomputed and counted, and KV that is wrong makes wrong answers:
+without the second, the equality shown elsewhere would show nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.integration.tampering_worker import FAULT_FILE
+from tests.integration.test_equal_to_plain_vllm import ask, prompt_of
+from tests.processes import Cluster, metrics, running_cluster
+
+
+@dataclass(frozen=True)
+class Tampered:
+    cluster: Cluster
+    fault_file: Path
+
+    def ask(self, fault: str, seed: int) -> str:
+        self.fault_file.write_text(fault)
+        return answer(self.cluster.url, seed)
+
+
+def answer(url: str, seed: int) -> str:
+    body = {"prompt": prompt_of(150, 7000 + seed), "temperature": 0, "max_tokens": 12}
+    status, reply = ask(url, "/v1/completions", body)
+    assert status == 200, reply
+    return str(reply["choices"][0]["text"])
+
+
+@pytest.fixture(scope="module")
+def tampered(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Tampered]:
+    folder = tmp_path_factory.mktemp("tampered")
+    fault_file = folder / "fault"
+    fault_file.write_text("")
+    with running_cluster(
+        folder,
+        vllm_args,
+        prefill_module="tests.integration.tampering_worker",
+        environment={FAULT_FILE: str(fault_file)},
+    ) as cluster:
+        yield Tampered(cluster, fault_file)
+
+
+def test_wrong_kv_makes_wrong_answers(tampered: Tampered, plain: str) -> None:
+    expected = [answer(plain, seed) for seed in range(4)]
+    assert [tampered.ask("", seed) for seed in range(4)] == expected
+    # New prompts: the decode worker has the KV of the others in its prefix cache.
+    expected = [answer(plain, seed) for seed in range(10, 14)]
+    assert [tampered.ask("silent", seed) for seed in range(10, 14)] != expected
+
+
+FAULTS = {
+    "flipped": "does not match its checksum",
+    "truncated": "does not match its checksum",
+    "missing": "stream ended before the KV was whole",
+    "duplicated": "arrived twice",
+    "foreign": "in the stream of",
+    "other prompt": "the KV is of another prompt",
+    "stale receiver": "it is meant for incarnation an older one",
+    "stale sender": "it comes from prefill-0/an older one",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damaged_kv_is_recomputed(tampered: Tampered, plain: str, fault: str) -> None:
+    seed = 100 + list(FAULTS).index(fault)
+    url = tampered.cluster.url
+    before = metrics(url)
+    assert tampered.ask(fault, seed) == answer(plain, seed)
+    after = metrics(url)
+    failed, recomputed = "baton_handoffs_failed_total", 'baton_requests_total{path="recomputed"}'
+    assert after[failed] - before[failed] == 1
+    assert after[recomputed] - before[recomputed] == 1
+    assert tampered.cluster.router is not None
+    last = [li for li in tampered.cluster.router.output().splitlines() if " recomputes " in li][-1]
+    assert FAULTS[fault] in last

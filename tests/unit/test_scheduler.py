@@ -1,0 +1,264 @@
+"""All requests' lives together: load, queue, lost workers, and what former legs still say."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from cluster.scheduler.life import (
+    CancelLeg,
+    Deliver,
+    DropTransfer,
+    FailRequest,
+    Finish,
+    Phase,
+    StartDecode,
+    StartLocal,
+    StartPrefill,
+)
+from cluster.scheduler.policy import Ask, JoinShortestQueue
+from cluster.scheduler.scheduler import ATTEMPTS_MAX, Scheduler
+from cluster.scheduler.view import Pool, WorkerKey, WorkerView
+
+P, D, D2 = WorkerKey("p", "i1"), WorkerKey("d", "i1"), WorkerKey("d2", "i1")
+ASK = Ask("r", prompt_tokens=100, max_tokens=5)
+IDLE = (0, 0, 0, 0)
+
+
+def empty() -> Scheduler:
+    ids = itertools.count(1)
+    return Scheduler(JoinShortestQueue(), new_id=lambda: str(next(ids)))
+
+
+def add(scheduler: Scheduler, key: WorkerKey, pool: Pool, model_len: int = 1000) -> list[object]:
+    return list(scheduler.on_worker_up(WorkerView(key, pool, "m", model_len, kv_tokens=10_000)))
+
+
+def pair() -> Scheduler:
+    scheduler = empty()
+    add(scheduler, P, Pool.PREFILL)
+    add(scheduler, D, Pool.DECODE)
+    return scheduler
+
+
+def load(scheduler: Scheduler, key: WorkerKey) -> tuple[int, int, int, int]:
+    """Pending prompt tokens, prefills, decode tokens, decodes."""
+    worker = scheduler.view.workers[key]
+    return (
+        worker.pending_prompt_tokens,
+        worker.prefills,
+        worker.decode_tokens,
+        worker.decodes,
+    )
+
+
+def assert_idle(scheduler: Scheduler) -> None:
+    assert not scheduler.lives and not scheduler.queued
+    assert not scheduler._by_leg and not scheduler._charges
+    assert all(load(scheduler, key) == IDLE for key in scheduler.view.workers)
+
+
+def test_a_request_from_arrival_to_end() -> None:
+    scheduler = pair()
+    assert scheduler.on_arrival(ASK, 0.0) == [StartPrefill("r", "r.1p.1", P, D, "r.1p.1")]
+    assert load(scheduler, P) == (100, 1, 0, 0)
+    assert load(scheduler, D) == (0, 0, 100, 1)
+    assert scheduler.on_output("r.1p.1", [7], Finish.LENGTH) == [
+        Deliver("r", None),
+        StartDecode("r", "r.1p.1.d", D, P, "r.1p.1", (7,)),
+    ]
+    assert load(scheduler, P) == IDLE
+    assert load(scheduler, D) == (0, 0, 101, 1)
+    assert scheduler.on_output("r.1p.1.d", [8, 9], None) == [Deliver("r", None)]
+    assert load(scheduler, D) == (0, 0, 103, 1)
+    assert scheduler.on_output("r.1p.1.d", [10], Finish.STOP) == [Deliver("r", Finish.STOP)]
+    assert_idle(scheduler)
+
+
+def test_local_work_is_prompt_load_until_its_first_token() -> None:
+    scheduler = empty()
+    add(scheduler, D, Pool.DECODE)
+    scheduler.on_arrival(ASK, 0.0)
+    assert load(scheduler, D) == (100, 1, 100, 1)
+    scheduler.on_output("r.1p.1", [7], None)
+    assert load(scheduler, D) == (0, 0, 101, 1)
+
+
+def test_resumed_local_work_is_prompt_load_until_its_first_token() -> None:
+    scheduler = pair()
+    scheduler.on_arrival(ASK, 0.0)
+    scheduler.on_output("r.1p.1", [7], Finish.LENGTH)
+    assert scheduler.on_worker_lost(D, 1.0) == [StartLocal("r", "r.2p.2", P, (7,))]
+    assert load(scheduler, P) == (101, 1, 101, 1)
+    scheduler.on_output("r.2p.2", [8], None)
+    assert load(scheduler, P) == (0, 0, 102, 1)
+    scheduler.on_output("r.2p.2", [9], Finish.STOP)
+    assert_idle(scheduler)
+
+
+@pytest.mark.parametrize("finish", Finish)
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_any_end_leaves_no_load(finish: Finish, tokens: int) -> None:
+    scheduler = pair()
+    scheduler.on_arrival(replace(ASK, max_tokens=3), 0.0)
+    leg = "r.1p.1"
+    for i in range(tokens):
+        scheduler.on_output(leg, [i], Finish.LENGTH if i == 0 else None)
+        leg = "r.1p.1.d"
+    if tokens == 0 and finish is Finish.LENGTH:
+        scheduler.on_abort("r")
+    else:
+        scheduler.on_output(leg, [9], finish)
+    assert_idle(scheduler)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_an_abort_leaves_no_load(tokens: int) -> None:
+    scheduler = pair()
+    scheduler.on_arrival(ASK, 0.0)
+    running = CancelLeg("r.1p.1", P)
+    for i in range(tokens):
+        scheduler.on_output(running.leg_id, [i], None if i else Finish.LENGTH)
+        running = CancelLeg("r.1p.1.d", D)
+    assert scheduler.on_abort("r")[0] == running
+    assert_idle(scheduler)
+    assert scheduler.on_abort("r") == []
+
+
+def test_what_a_former_leg_says_is_ignored() -> None:
+    scheduler = pair()
+    scheduler.on_arrival(ASK, 0.0)
+    scheduler.on_output("r.1p.1", [7], Finish.LENGTH)
+    # The prefill leg is over, whatever it may still say.
+    assert scheduler.on_output("r.1p.1", [8], Finish.STOP) == []
+    assert scheduler.on_adopted("r.1p.1", True) is None
+    scheduler.on_worker_lost(D, 1.0)
+    assert scheduler.on_output("r.1p.1.d", [8], None) == []
+    scheduler.on_abort("r")
+    assert scheduler.on_output("r.2p.2", [8], Finish.ABORT) == []
+    assert scheduler.life_of_leg("r.2p.2") is None
+    assert_idle(scheduler)
+
+
+def test_losing_the_decode_worker_while_prefilling_starts_over() -> None:
+    scheduler = pair()
+    scheduler.on_arrival(ASK, 0.0)
+    add(scheduler, D2, Pool.DECODE)
+    assert scheduler.on_worker_lost(D, 1.0) == [
+        CancelLeg("r.1p.1", P),
+        StartPrefill("r", "r.2p.2", P, D2, "r.2p.2"),
+    ]
+    assert load(scheduler, P) == (100, 1, 0, 0)
+    assert load(scheduler, D2) == (0, 0, 100, 1)
+
+
+def test_losing_the_prefill_worker_while_prefilling_drops_the_transfer() -> None:
+    scheduler = pair()
+    scheduler.on_arrival(ASK, 0.0)
+    assert scheduler.on_worker_lost(P, 1.0) == [
+        DropTransfer(D, "r.1p.1"),
+        StartLocal("r", "r.2p.2", D),
+    ]
+
+
+def test_losing_the_prefill_worker_after_the_hand_over_changes_nothing() -> None:
+    scheduler = pair()
+    scheduler.on_arrival(ASK, 0.0)
+    scheduler.on_output("r.1p.1", [7], Finish.LENGTH)
+    assert scheduler.on_worker_lost(P, 1.0) == []
+    assert scheduler.on_output("r.1p.1.d", [8], Finish.STOP) == [Deliver("r", Finish.STOP)]
+    assert_idle(scheduler)
+
+
+def test_a_request_fails_when_it_lost_its_worker_too_often() -> None:
+    scheduler = empty()
+    for attempt in range(1, ATTEMPTS_MAX + 1):
+        key = WorkerKey("w", f"i{attempt}")
+        add(scheduler, key, Pool.DECODE)
+        if attempt == 1:
+            scheduler.on_arrival(ASK, 0.0)
+        actions = scheduler.on_worker_lost(key, 1.0)
+        assert actions == [] or attempt == ATTEMPTS_MAX
+    assert actions == [FailRequest("r", f"it lost its worker {ATTEMPTS_MAX} times")]
+    assert_idle(scheduler)
+
+
+def test_a_worker_that_comes_back_starts_with_no_load() -> None:
+    scheduler = pair()
+    scheduler.on_arrival(ASK, 0.0)
+    scheduler.on_worker_lost(D, 1.0)
+    add(scheduler, D, Pool.DECODE)
+    assert load(scheduler, D) == IDLE
+    scheduler.on_abort("r")
+    assert_idle(scheduler)
+
+
+def test_the_queue_is_first_come_first_served() -> None:
+    scheduler = empty()
+    for name in ("a", "b"):
+        assert scheduler.on_arrival(replace(ASK, request_id=name), 0.0) == []
+    assert scheduler.queued == 2
+    started = [action.request_id for action in add(scheduler, D, Pool.DECODE)]  # type: ignore[attr-defined]
+    assert started == ["a", "b"]
+    assert scheduler.queued == 0
+
+
+def test_a_worker_that_stops_draining_takes_what_waits() -> None:
+    scheduler = empty()
+    add(scheduler, D, Pool.DECODE)
+    scheduler.view.workers[D].draining = True
+    assert scheduler.on_arrival(ASK, 0.0) == []
+    assert scheduler.on_tick(1.0) == []
+    scheduler.view.workers[D].draining = False
+    assert scheduler.on_tick(2.0) == [StartLocal("r", "r.1p.1", D)]
+
+
+def test_waiting_has_an_end() -> None:
+    scheduler = empty()
+    scheduler.on_arrival(ASK, 0.0)
+    scheduler.on_arrival(replace(ASK, request_id="later"), 10.0)
+    assert scheduler.on_tick(30.0) == []
+    assert scheduler.on_tick(30.1) == [FailRequest("r", "no worker could take it for 30 s")]
+    assert scheduler.queued == 1
+
+
+def test_who_leaves_the_queue_takes_no_room_in_it() -> None:
+    scheduler = empty()
+    scheduler.queued_max = 1
+    scheduler.on_arrival(ASK, 0.0)
+    full = scheduler.on_arrival(replace(ASK, request_id="second"), 0.0)
+    assert full == [FailRequest("second", "1 requests are waiting already")]
+    assert scheduler.on_abort("r") == []
+    assert scheduler.queued == 0
+    assert scheduler.on_arrival(replace(ASK, request_id="third"), 0.0) == []
+    assert scheduler.lives["third"].phase is Phase.QUEUED
+
+
+def test_a_prompt_that_fits_nowhere_waits_for_a_worker_that_takes_it() -> None:
+    scheduler = empty()
+    add(scheduler, D, Pool.DECODE, model_len=50)
+    assert scheduler.on_arrival(ASK, 0.0) == []
+    assert add(scheduler, P, Pool.PREFILL) == [StartLocal("r", "r.1p.1", P)]
+
+
+@pytest.mark.parametrize(("prefill_len", "decode_len"), [(101, 1000), (1000, 101)])
+def test_the_decode_workers_length_decides_whether_to_go_on(
+    prefill_len: int, decode_len: int
+) -> None:
+    scheduler = empty()
+    add(scheduler, P, Pool.PREFILL, prefill_len)
+    add(scheduler, D, Pool.DECODE, decode_len)
+    scheduler.on_arrival(ASK, 0.0)
+    goes_on = scheduler.on_output("r.1p.1", [7], Finish.LENGTH)[0] == Deliver("r", None)
+    assert goes_on is (decode_len > 101)
+
+
+def test_reported_load_is_kept_and_a_strangers_ignored() -> None:
+    scheduler = pair()
+    scheduler.on_load(D, running=3, waiting=2, kv_usage=0.5)
+    worker = scheduler.view.workers[D]
+    assert (worker.reported_running, worker.reported_waiting, worker.kv_load) == (3, 2, 0.5)
+    scheduler.on_load(D2, running=3, waiting=2, kv_usage=0.5)
+    assert D2 not in scheduler.view.workers
