@@ -85,6 +85,9 @@ class BatonConfig(BaseSettings):
     local_prompt_tokens: int = Field(
         0, ge=0, description="prompts up to this length are not handed over"
     )
+    queue_deadline_s: float = Field(
+        30, gt=0, description="time a request waits for a worker before it fails"
+    )
     lease_s: float = Field(3, gt=0.3, description="silence after which a member is gone")
     start_deadline_s: float = Field(600, gt=0, description="time for all workers to be ready")
     keep_workers: bool = Field(

@@ -65,9 +65,7 @@ class Supervisor:
 
     def __init__(self, config: BatonConfig, report: Callable[[Progress], None]) -> None:
         self.config = config
-        self.url = (
-            f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
-        )
+        self.url = local_url(config.host, config.port)
         self._report = report
         self._run_id = secrets.token_hex(8)
         self._folder = Path()
@@ -257,10 +255,12 @@ class Supervisor:
             "redis_url": self._redis_url,
             "host": config.host,
             "port": config.port,
+            "url": self.url,
             "vllm_args": vllm_args(config),
             "lease_s": config.lease_s,
             "policy": config.policy,
             "local_prompt_tokens": config.local_prompt_tokens,
+            "queue_deadline_s": config.queue_deadline_s,
             "adopt_deadline_s": config.handoff.adopt_deadline_s,
         }
         self._report(Progress("router", "starting"))
@@ -451,6 +451,13 @@ def vllm_args(config: BatonConfig) -> list[str]:
         # Compiling takes minutes and a C++ compiler, for little on CPU.
         default("--enforce-eager")
     return ["--model", config.model_path, *args]
+
+
+def local_url(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    if host in ("", "0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def tensor_parallel(args: list[str]) -> int:

@@ -75,6 +75,10 @@ class ConnectedWorker:
     handoff_bytes_in: int = 0
 
 
+class WrongWorker(Exception):
+    """An address belongs to another worker, or to another start of it, than the membership says."""
+
+
 @dataclass(slots=True)
 class CoreResources:
     """The part of vLLM's client state that its front end asks for."""
@@ -124,20 +128,25 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
 
     # --- workers, called by the membership watcher ------------------------------------------------
 
-    async def connect(self, address: str, pool: Pool, on_lost: Callable[[str], None]) -> WorkerKey:
+    async def connect(
+        self, key: WorkerKey, address: str, pool: Pool, on_lost: Callable[[str], None]
+    ) -> None:
         """Link to a worker and give it work.
 
         Raises:
             grpc.aio.AioRpcError: it does not answer.
+            WrongWorker: another one answers at its address.
         """
         # The callbacks come only once the link is started, and by then the key is known.
         link = WorkerLink(address, lambda m: self._on_message(worker, m), on_lost)
         try:
             description = await link.connect()
+            found = WorkerKey(description.worker_id, description.incarnation)
+            if found != key:
+                raise WrongWorker(f"{address} was to be {key} and is {found}")
         except BaseException:
             await link.close()
             raise
-        key = WorkerKey(description.worker_id, description.incarnation)
         worker = ConnectedWorker(key, pool, link, description)
         self.workers[key] = worker
         link.start()
@@ -153,7 +162,6 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         )
         self._carry_out(self.scheduler.on_worker_up(view))
         self._worker_up.set()
-        return key
 
     async def disconnect(self, key: WorkerKey) -> None:
         """The worker is gone: its requests go on elsewhere."""
@@ -405,8 +413,14 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
     async def pin_lora_async(self, lora_id: int) -> bool:
         return all(await self._call_all("pin_lora", lora_id))
 
+    async def sleep_async(self, level: int = 1, mode: str = "abort") -> None:
+        await self._call_all("sleep", level, mode)
+
+    async def wake_up_async(self, tags: list[str] | None = None) -> bool:
+        return all(await self._call_all("wake_up", tags))
+
     async def is_sleeping_async(self) -> bool:
-        return False
+        return any(await self._call_all("is_sleeping"))
 
     async def pause_scheduler_async(self, mode: str = "abort", clear_cache: bool = True) -> None:
         await self._call_all("pause_scheduler", mode, clear_cache)

@@ -10,7 +10,7 @@ import grpc.aio
 
 from cluster.membership import REDIS_ERRORS, Membership, WorkerRecord, WorkerState
 from cluster.scheduler.view import WorkerKey
-from router.cluster_core import TICK_S, ClusterCore
+from router.cluster_core import TICK_S, ClusterCore, WrongWorker
 from router.metrics import RouterMetrics
 
 logger = logging.getLogger(__name__)
@@ -74,13 +74,11 @@ class MemberWatcher:
             self._changes.put_nowait(key)
 
         try:
-            found = await self._core.connect(record.address, record.pool, on_lost)
+            await self._core.connect(key, record.address, record.pool, on_lost)
         except grpc.aio.AioRpcError as error:
             logger.warning("worker %s does not answer: %s", key, error.details())
-            return
-        if found != key:
-            logger.warning("%s was to be %s and is %s", record.address, key, found)
-            await self._core.disconnect(found)
+        except WrongWorker as error:
+            logger.warning("not linked: %s", error)
 
     async def _drop_lost(self) -> None:
         """Wait out the poll's pause, acting at once on links that break."""

