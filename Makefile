@@ -9,40 +9,38 @@ BIN := $(VENV)/bin
 MODEL ?=
 ARGS ?=
 
-ifdef GPU
-REQUIREMENTS := requirements-gpu.txt
-else
-REQUIREMENTS := requirements-cpu.txt
-endif
+# make setup GPU=1 makes an environment with vLLM's CUDA build, which the other targets then use.
+BUILD := $(if $(or $(GPU),$(wildcard $(VENV)/.installed-gpu)),gpu,cpu)
+REQUIREMENTS := requirements-$(BUILD).txt
 
 .PHONY: run test setup check format proto clean
 
-run: $(VENV)/.installed
+run: $(VENV)/.installed-$(BUILD)
 	@exec $(BIN)/baton up $(MODEL) $(ARGS)
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev-$(BUILD)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed-$(BUILD)
 
-$(VENV)/.installed: $(REQUIREMENTS) pyproject.toml deploy/setup.sh
-	PYTHON=$(PYTHON) GPU=$(GPU) deploy/setup.sh $(VENV) $(REQUIREMENTS)
+$(VENV)/.installed-$(BUILD): $(REQUIREMENTS) pyproject.toml deploy/setup.sh
+	PYTHON=$(PYTHON) deploy/setup.sh $(VENV) $(BUILD)
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+$(VENV)/.installed-dev-$(BUILD): $(VENV)/.installed-$(BUILD) requirements-dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements-dev.txt
 	@touch $@
 
-check: $(VENV)/.installed-dev
+check: $(VENV)/.installed-dev-$(BUILD)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.installed-dev
+format: $(VENV)/.installed-dev-$(BUILD)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-proto: $(VENV)/.installed-dev
+proto: $(VENV)/.installed-dev-$(BUILD)
 	$(BIN)/python -m grpc_tools.protoc -Icluster/wire=proto/baton/v1 \
 		--python_out=. --pyi_out=. --grpc_python_out=. \
 		cluster/wire/worker.proto cluster/wire/kv.proto

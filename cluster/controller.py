@@ -47,6 +47,7 @@ WORKER_ACTOR = "workers.actor:WorkerActor"
 NAMESPACE = "baton"
 RECONCILE_EVERY_S = 0.5
 PLACE_DEADLINE_S = 60.0
+ANSWER_DEADLINE_S = 3.0
 STOP_DEADLINE_S = 15.0
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 1.0, 60.0
 HEALTHY_AFTER_S = 60.0
@@ -266,13 +267,13 @@ class Controller:
         return there.index(slot.worker_id), len(there)
 
     async def _retire(self, slot: _Slot) -> None:
-        if slot.actor is not None:
+        if slot.actor is not None and slot.task is not None:
+            # A worker that does not even answer is still importing or loading, or hangs: it has
+            # nothing to finish, and is killed below.
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(_awaited(slot.actor.stop.remote()), STOP_DEADLINE_S)
-        if slot.task is not None:
-            with contextlib.suppress(Exception):
-                # It ends by itself once the worker has stopped.
+                await asyncio.wait_for(_awaited(slot.actor.stop.remote()), ANSWER_DEADLINE_S)
                 await asyncio.wait_for(asyncio.shield(slot.task), STOP_DEADLINE_S)
+        if slot.task is not None:
             slot.task.cancel()
             await asyncio.gather(slot.task, return_exceptions=True)
         self._release(slot)

@@ -33,7 +33,7 @@ from cluster.membership import (
 )
 from cluster.run_file import RunFile, run_file_path, running
 
-CPU_KV_CACHE_BYTES = 512 << 20
+CPU_KV_CACHE_BYTES = 1 << 30
 """KV cache of a worker on CPU unless `--kv-cache-memory-bytes` is given: vLLM would take nearly all
 of the machine's memory for each."""
 MEMORY_PER_CPU_WORKER_BYTES = 2 << 30
@@ -278,26 +278,29 @@ class Supervisor:
         else:
             self._report(Progress("ray", "starting"))
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            nodes = config.local_nodes or [LocalNode(cpus=max(os.cpu_count() or 1, self._workers))]
-            self._start_local_ray(nodes)
+            self._start_local_ray()
             ray.init(address=self._ray_cluster.address, namespace=RAY_NAMESPACE, **quiet)
         self._report(Progress("ray", "ready"))
 
-    def _start_local_ray(self, nodes: list[LocalNode]) -> None:
-        """A head without workers' resources and a raylet for each node."""
+    def _start_local_ray(self) -> None:
+        """One node that is this machine, or the nodes that were asked for."""
         from ray.cluster_utils import Cluster
 
-        first, *others = nodes
+        # Ray finds the accelerators by itself. A worker takes a CPU, and a small machine may have
+        # fewer of them than workers.
+        machine = {} if on_gpu() else {"num_cpus": max(os.cpu_count() or 1, self._workers)}
+        first, *others = [_ray_node(node) for node in self.config.local_nodes] or [machine]
         self._ray_cluster = Cluster(
             initialize_head=True,
             head_node_args={
-                **_ray_node(first),
+                **first,
+                "object_store_memory": OBJECT_STORE_BYTES,
                 "temp_dir": str(self._folder / "ray"),
                 "include_dashboard": False,
             },
         )
         for node in others:
-            self._ray_cluster.add_node(**_ray_node(node))
+            self._ray_cluster.add_node(**node, object_store_memory=OBJECT_STORE_BYTES)
 
     def _stop_ray(self) -> None:
         if "ray" not in sys.modules:
@@ -510,7 +513,6 @@ def _ray_node(node: LocalNode) -> dict[str, Any]:
         "num_cpus": node.cpus,
         "num_gpus": node.gpus,
         "resources": resources,
-        "object_store_memory": OBJECT_STORE_BYTES,
     }
 
 

@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# Makes the virtual environment: deploy/setup.sh FOLDER REQUIREMENTS. Called by make.
+# Makes the virtual environment: deploy/setup.sh FOLDER cpu|gpu. Called by make.
 set -euo pipefail
-venv=$1 requirements=$2
+venv=$1 build=$2
+requirements=requirements-$build.txt
 torch=2.13.0
+
+if [ "$build" = gpu ] && [ -e "$venv/.installed-cpu" ]; then
+  echo "baton: $venv holds the CPU build; run 'make clean' first" >&2
+  exit 1
+fi
 
 if ! command -v "${PYTHON:-python3.11}" >/dev/null; then
   echo "baton: ${PYTHON:-python3.11} is not found: install Python 3.11 (Debian 12: apt install python3.11 python3.11-venv), or name another with PYTHON=..." >&2
@@ -16,9 +22,7 @@ fi
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3.11}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-if [ -n "${GPU:-}" ]; then
-  pip install -q --no-deps "torch==$torch"
-elif ! "$venv/bin/python" -c "import importlib.metadata as m; assert m.version('torch') == '$torch+cpu'" 2>/dev/null; then
+if [ "$build" = cpu ] && ! "$venv/bin/python" -c "import importlib.metadata as m; assert m.version('torch') == '$torch+cpu'" 2>/dev/null; then
   # torch's CPU build is on no package index but PyTorch's own. Where pip knows of a wheel already
   # (PIP_FIND_LINKS), that is taken; asking with --no-index answers at once.
   echo "installing torch $torch for CPU"
@@ -28,3 +32,7 @@ fi
 echo "installing $(grep -c '==' "$requirements") packages (about two minutes the first time)"
 pip install -q --no-deps -r "$requirements"
 pip install -q --no-deps --no-build-isolation -e .
+if ! "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
+  echo "baton: vLLM needs libnuma.so.1, which is not found (Debian and Ubuntu: apt install libnuma1)" >&2
+  exit 1
+fi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+from functools import partial
 
 import grpc.aio
 
@@ -33,8 +34,18 @@ class MemberWatcher:
         self.desired: dict[str, int] = {}
         self.redis_reachable = True
         self._changes: asyncio.Queue[WorkerKey] = asyncio.Queue()
+        self._connecting: dict[WorkerKey, asyncio.Task[None]] = {}
+        self._unreachable: set[WorkerKey] = set()
 
     async def run(self) -> None:
+        try:
+            await self._watch()
+        finally:
+            for task in self._connecting.values():
+                task.cancel()
+            await asyncio.gather(*self._connecting.values(), return_exceptions=True)
+
+    async def _watch(self) -> None:
         while True:
             try:
                 self.records = await self._membership.workers()
@@ -64,9 +75,16 @@ class MemberWatcher:
             if view is not None:
                 view.draining = record.state is WorkerState.DRAINING
                 view.pool = record.pool
-            else:
+            elif key not in self._connecting:
                 # Also one whose link broke: as long as it keeps its lease, it may answer again.
-                await self._connect(key, record)
+                # In a task of its own, so that one that hangs does not hold up the others.
+                task = asyncio.create_task(self._connect(key, record), name=f"connect {key}")
+                self._connecting[key] = task
+                task.add_done_callback(partial(self._forget_connecting, key))
+        self._unreachable &= set(ready)
+
+    def _forget_connecting(self, key: WorkerKey, task: asyncio.Task[None]) -> None:
+        del self._connecting[key]
 
     async def _connect(self, key: WorkerKey, record: WorkerRecord) -> None:
         def on_lost(reason: str) -> None:
@@ -75,10 +93,14 @@ class MemberWatcher:
 
         try:
             await self._core.connect(key, record.address, record.pool, on_lost)
-        except grpc.aio.AioRpcError as error:
-            logger.warning("worker %s does not answer: %s", key, error.details())
-        except WrongWorker as error:
-            logger.warning("not linked: %s", error)
+        except (grpc.aio.AioRpcError, WrongWorker) as error:
+            reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
+            # Tried again twice a second: said once.
+            if key not in self._unreachable:
+                logger.warning("worker %s does not answer: %s", key, reason)
+            self._unreachable.add(key)
+        else:
+            self._unreachable.discard(key)
 
     async def _drop_lost(self) -> None:
         """Wait out the poll's pause, acting at once on links that break."""

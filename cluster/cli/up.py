@@ -70,7 +70,8 @@ async def _start_and_wait(supervisor: Supervisor, console: Console) -> None:
     console.print()
     console.print(f"Serving [bold]{supervisor.model_name}[/bold] at [bold]{url}/v1[/bold]")
     console.print(
-        f"Dashboard at {url}/dashboard, metrics at {url}/metrics. Ctrl-C stops it. Try:\n"
+        f"Dashboard at {url}/dashboard, metrics at {url}/metrics. Ctrl-C stops it. Try:\n",
+        soft_wrap=True,
     )
     prompt = "k7=493; k12=018; k103=772; k12?" if config.model is None else "Say hello"
     message = {"role": "user", "content": prompt}

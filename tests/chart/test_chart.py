@@ -431,11 +431,11 @@ def test_gpus_can_be_left_out() -> None:
 
 def test_router_settings() -> None:
     router = router_of(rendered("mixed"))
-    assert router["args"][:2] == ["up", "meta-llama/Llama-3.3-70B-Instruct"]
-    assert router["args"][2:] == ["--tensor-parallel-size", "4", "--kv-cache-dtype", "fp8"]
+    assert router["args"][:2] == ["up", "meta-llama/Llama-3.1-8B-Instruct"]
+    assert router["args"][2:] == ["--kv-cache-dtype", "fp8"]
     environment = environment_of(router)
-    assert environment["BATON_PREFILL"] == "6"
-    assert environment["BATON_DECODE"] == "4"
+    assert environment["BATON_PREFILL"] == "24"
+    assert environment["BATON_DECODE"] == "16"
     assert environment["BATON_PORT"] == str(router["ports"][0]["containerPort"]) == "8000"
     assert environment["BATON_RAY_ADDRESS"] == "ray://demo-baton-head-svc:10001"
     assert environment["BATON_REDIS_URL"] == "redis://:$(REDIS_PASSWORD)@demo-baton-redis:6379/0"
@@ -473,7 +473,7 @@ def test_config_restarts_the_router() -> None:
 
     assert checksum_of("--set", "config.a=1") != checksum_of("--set", "config.a=2")
     config = find(rendered("mixed"), "ConfigMap")["data"]["baton.yaml"]
-    assert yaml.safe_load(config) == {"scheduler": {"policy": "splitwise"}}
+    assert yaml.safe_load(config) == {"handoff": {"inbox_bytes": 8 << 30}}
     assert environment_of(router_of(rendered("mixed")))["BATON_CONFIG"] == "/etc/baton/baton.yaml"
 
 

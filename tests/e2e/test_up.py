@@ -42,13 +42,14 @@ class Up:
 @contextlib.contextmanager
 def up(folder: Path, *arguments: str) -> Iterator[Up]:
     port, name = free_port(), f"test-{os.getpid()}-{time.monotonic_ns()}"
-    environment = {"XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder), "COLUMNS": "200"}
+    environment = {"XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder)}
     command = [*BATON, "up", *arguments, "--port", str(port), "--name", name]
     process = spawn("up", command, folder, environment)
     url = f"http://127.0.0.1:{port}"
     os.environ["XDG_RUNTIME_DIR"] = str(folder)
     try:
-        wait_until(lambda: http_status(f"{url}/health") == 200, READY_WITHIN_S, process)
+        wait_until(lambda: "Serving " in process.output(), READY_WITHIN_S, process)
+        assert http_status(f"{url}/health") == 200
         yield Up(process, name, url)
     finally:
         process.stop()
@@ -238,6 +239,16 @@ def test_hardware_decides_the_role_and_kill_leaves_nothing(short_tmp: Path) -> N
         started.process.popen.kill()
         started.process.popen.wait()
         assert_nothing_left(started, short_tmp)
+
+
+def test_role_pinned_to_an_accelerator_by_hand(short_tmp: Path) -> None:
+    """Against what the hardware would decide."""
+    nodes = [{"accelerator": "H20", "cpus": 1}, {"accelerator": "H100", "cpus": 1}]
+    pins = ("--prefill-accelerator", "H20", "--decode-accelerator", "H100")
+    with up(short_tmp, "--local-nodes", json.dumps(nodes), *pins) as started:
+        workers = json.loads(started.command("status", "--json").stdout)["workers"]
+        placed = {w["pool"]: w["accelerator"] for w in workers}
+        assert placed == {"prefill": "H20", "decode": "H100"}
 
 
 def test_interrupt_while_starting_leaves_nothing(short_tmp: Path) -> None:
