@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -15,6 +16,8 @@ from pydantic_settings import (
     SettingsError,
     YamlConfigSettingsSource,
 )
+
+from cluster.scheduler.policies import DEFAULT, policy_names
 
 CONFIG_FILE = "baton.yaml"
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "recall"
@@ -37,6 +40,17 @@ class HandoffConfig(BaseModel):
         10, gt=0, description="time a decode leg waits for its KV before it recomputes the prompt"
     )
     idle_s: float = Field(30, gt=0, description="time after which an untouched transfer is dropped")
+    codec: Literal["none", "fp8", "int8"] = Field(
+        "none", description="how KV is written on the wire: exact, or in one byte a channel"
+    )
+
+
+def _known_policy(name: str) -> str:
+    names = policy_names()
+    if name not in names:
+        listed = " or ".join([", ".join(map(repr, names[:-1])), repr(names[-1])])
+        raise PydanticCustomError("unknown_policy", "input should be {names}", {"names": listed})
+    return name
 
 
 class LocalNode(BaseModel):
@@ -79,16 +93,23 @@ class BatonConfig(BaseSettings):
         default_factory=list,
         description="Ray nodes to start here, as a JSON list (default: one that has this machine)",
     )
-    policy: Literal["join_shortest_queue"] = Field(
-        "join_shortest_queue", description="how requests are placed"
+    policy: Annotated[str, AfterValidator(_known_policy)] = Field(
+        DEFAULT, description="how requests are placed"
     )
     local_prompt_tokens: int = Field(
         0, ge=0, description="prompts up to this length are not handed over"
     )
+    queue_threshold_tokens: int = Field(
+        8192, gt=0, description="prompt tokens that may wait before other workers help (splitwise)"
+    )
     queue_deadline_s: float = Field(
         30, gt=0, description="time a request waits for a worker before it fails"
     )
-    lease_s: float = Field(3, gt=0.3, description="silence after which a member is gone")
+    lease_s: float = Field(
+        2.4,
+        gt=0.3,
+        description="silence after which a member is gone; a router looks twice a second",
+    )
     start_deadline_s: float = Field(600, gt=0, description="time for all workers to be ready")
     keep_workers: bool = Field(
         False,

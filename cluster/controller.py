@@ -23,6 +23,7 @@ from cluster.engine_build import on_gpu
 from cluster.errors import one_line
 from cluster.logs import configure_logs
 from cluster.membership import (
+    DRAINED,
     REDIS_ERRORS,
     DesiredPools,
     Membership,
@@ -203,6 +204,10 @@ class Controller:
             slot.failure = one_line(_cause(error))
         finally:
             self._release(slot)
+        if slot.failure == DRAINED:
+            logger.info("%s is drained and starts anew", slot.worker_id)
+            slot.starts, slot.task = 0, None
+            return
         lived_s = time.monotonic() - slot.started_at_s
         if lived_s > HEALTHY_AFTER_S:
             slot.starts = 1

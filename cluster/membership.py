@@ -19,6 +19,8 @@ from cluster.scheduler.view import Pool
 
 logger = logging.getLogger(__name__)
 
+STOPPED, DRAINED = "it was stopped", "it was drained"
+"""Why a worker ended, where nothing was wrong."""
 REDIS_DEADLINE_S = 2.0
 REDIS_ERRORS = (redis.exceptions.RedisError, OSError, TimeoutError)
 
@@ -45,6 +47,8 @@ class WorkerRecord:
     placement_reason: str = ""
     detail: str = ""
     """Why it failed, for people."""
+    drain_until_unix_s: float = 0.0
+    """While it drains: when the requests left on it go on elsewhere."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -55,6 +59,14 @@ class WorkerRecord:
         return WorkerRecord(
             **{**values, "pool": Pool(values["pool"]), "state": WorkerState(values["state"])}
         )
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequest:
+    """Meant for one start of a worker: the next one is not to drain."""
+
+    incarnation: str
+    until_unix_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +108,17 @@ class Membership:
     async def workers(self) -> list[WorkerRecord]:
         texts = await self._values(f"{self._prefix}:worker:*")
         return sorted(map(WorkerRecord.from_json, texts), key=lambda record: record.worker_id)
+
+    async def ask_drain(self, worker_id: str, request: DrainRequest, keep_s: float) -> None:
+        await self._redis.set(
+            f"{self._prefix}:drain:{worker_id}",
+            json.dumps(dataclasses.asdict(request)),
+            px=int(keep_s * 1000),
+        )
+
+    async def drain_asked(self, worker_id: str) -> DrainRequest | None:
+        text = await self._redis.get(f"{self._prefix}:drain:{worker_id}")
+        return None if text is None else DrainRequest(**json.loads(text))
 
     async def put_router(self, record: RouterRecord) -> None:
         key = f"{self._prefix}:router:{record.router_id}"

@@ -260,6 +260,7 @@ class Supervisor:
             "lease_s": config.lease_s,
             "policy": config.policy,
             "local_prompt_tokens": config.local_prompt_tokens,
+            "queue_threshold_tokens": config.queue_threshold_tokens,
             "queue_deadline_s": config.queue_deadline_s,
             "adopt_deadline_s": config.handoff.adopt_deadline_s,
         }

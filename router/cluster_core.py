@@ -46,6 +46,7 @@ from cluster.scheduler.view import Pool, WorkerKey, WorkerView
 from cluster.wire import worker_pb2
 from router.link import WorkerLink
 from router.metrics import RouterMetrics
+from router.placing import PLACING, Placing
 from router.tally import Tally
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         # Bounded by the outputs of the requests in flight.
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._requests: dict[str, EngineCoreRequest] = {}
+        self._placings: dict[str, Placing] = {}
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         self._calls = 0
@@ -117,7 +119,11 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         self._requests[request.request_id] = request
-        self._carry_out(self.scheduler.on_arrival(ask_of(request), self._clock()))
+        placing = PLACING.get()
+        if placing is not None:
+            self._placings[request.request_id] = placing
+        policy = placing.policy if placing else None
+        self._carry_out(self.scheduler.on_arrival(ask_of(request), self._clock(), policy))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
@@ -163,17 +169,21 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         self._carry_out(self.scheduler.on_worker_up(view))
         self._worker_up.set()
 
-    async def disconnect(self, key: WorkerKey) -> None:
-        """The worker is gone: its requests go on elsewhere."""
+    def remove(self, key: WorkerKey) -> WorkerLink | None:
+        """The worker is gone: its requests go on elsewhere. The link is the caller's to close."""
         worker = self.workers.pop(key, None)
         if worker is None:
-            return
+            return None
         resumed = self.scheduler.on_worker_lost(key, self._clock())
         self.metrics.resumed.inc(sum(isinstance(a, StartPrefill | StartLocal) for a in resumed))
         self._carry_out(resumed)
         for call in worker.calls.values():
             call.cancel()
-        await worker.link.close()
+        return worker.link
+
+    def evacuate(self, key: WorkerKey) -> None:
+        """A draining worker's time is over: its requests go on elsewhere."""
+        self._carry_out(self.scheduler.on_drain_deadline(key, self._clock()))
 
     async def wait_for_worker(self) -> None:
         await self._worker_up.wait()
@@ -188,12 +198,12 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         for action in actions:
             match action:
                 case StartPrefill():
-                    self._count_placement(action.request_id)
+                    self._note_placement(action.request_id)
                     self._start_prefill(action)
                 case StartDecode():
                     self._start_decode(action)
                 case StartLocal():
-                    self._count_placement(action.request_id)
+                    self._note_placement(action.request_id)
                     request = self._requests[action.request_id]
                     add = self._leg(request, action.leg_id, action.resume_tokens)
                     self._send(action.worker, worker_pb2.ToEngine(add=add))
@@ -208,10 +218,13 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                 case Deliver():
                     pass  # `_on_outputs` delivers, as it has the output
 
-    def _count_placement(self, request_id: str) -> None:
+    def _note_placement(self, request_id: str) -> None:
         placement = self.scheduler.lives[request_id].placement
         assert placement is not None
         self.metrics.placements.labels(placement.reason).inc()
+        placing = self._placings.get(request_id)
+        if placing is not None:
+            placing.placements[request_id] = placement
 
     def _start_prefill(self, action: StartPrefill) -> None:
         request = self._requests[action.request_id]
@@ -262,11 +275,15 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         logger.error("request %s failed: %s", request_id, reason)
         output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
         self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
-        self._requests.pop(request_id, None)
+        self._forget(request_id)
 
     def _ended(self, request_id: str, actions: list[Action]) -> list[Action]:
-        self._requests.pop(request_id, None)
+        self._forget(request_id)
         return actions
+
+    def _forget(self, request_id: str) -> None:
+        self._requests.pop(request_id, None)
+        self._placings.pop(request_id, None)
 
     # --- what workers say -------------------------------------------------------------------------
 
@@ -313,7 +330,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             self._carry_out(actions)
             if life.done:
                 self.tally.request_ended(life.path)
-                self._requests.pop(life.ask.request_id, None)
+                self._forget(life.ask.request_id)
         if outputs.scheduler_stats is not None:
             worker.stats = outputs.scheduler_stats
             outputs.scheduler_stats = self._cluster_stats(outputs.scheduler_stats)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 from functools import partial
 
 import grpc.aio
 
 from cluster.membership import REDIS_ERRORS, Membership, WorkerRecord, WorkerState
-from cluster.scheduler.view import WorkerKey
+from cluster.scheduler.view import Pool, WorkerKey
 from router.cluster_core import TICK_S, ClusterCore, WrongWorker
 from router.metrics import RouterMetrics
 
@@ -35,15 +36,17 @@ class MemberWatcher:
         self.redis_reachable = True
         self._changes: asyncio.Queue[WorkerKey] = asyncio.Queue()
         self._connecting: dict[WorkerKey, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._unreachable: set[WorkerKey] = set()
 
     async def run(self) -> None:
         try:
             await self._watch()
         finally:
-            for task in self._connecting.values():
+            tasks = [*self._connecting.values(), *self._closing]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._connecting.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _watch(self) -> None:
         while True:
@@ -58,9 +61,9 @@ class MemberWatcher:
                 self.redis_reachable = False
             if self.redis_reachable:
                 await self._follow(self.records)
-            await self._drop_lost()
-            self._measure()
             self._core.tick()
+            self._measure()
+            await self._drop_lost()
 
     async def _follow(self, records: list[WorkerRecord]) -> None:
         ready = {
@@ -69,12 +72,14 @@ class MemberWatcher:
             if record.state in (WorkerState.READY, WorkerState.DRAINING)
         }
         for key in [key for key in self._core.workers if key not in ready]:
-            await self._drop(key, "its lease ran out")
+            self._drop(key, "its lease ran out")
         for key, record in ready.items():
             view = self._core.scheduler.view.workers.get(key)
             if view is not None:
                 view.draining = record.state is WorkerState.DRAINING
                 view.pool = record.pool
+                if view.draining and time.time() > record.drain_until_unix_s:
+                    self._core.evacuate(key)
             elif key not in self._connecting:
                 # Also one whose link broke: as long as it keeps its lease, it may answer again.
                 # In a task of its own, so that one that hangs does not hold up the others.
@@ -110,15 +115,21 @@ class MemberWatcher:
                 key = await asyncio.wait_for(self._changes.get(), left_s)
             except TimeoutError:
                 return
-            await self._drop(key, "its link broke")
+            self._drop(key, "its link broke")
 
-    async def _drop(self, key: WorkerKey, reason: str) -> None:
-        if key in self._core.workers:
-            logger.warning("worker %s is taken out: %s", key, reason)
-            await self._core.disconnect(key)
+    def _drop(self, key: WorkerKey, reason: str) -> None:
+        link = self._core.remove(key)
+        if link is None:
+            return
+        logger.warning("worker %s is taken out: %s", key, reason)
+        self._measure()
+        # Closing waits for the other end, which may be frozen.
+        task = asyncio.create_task(link.close(), name=f"close {key}")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def _measure(self) -> None:
         pools = [worker.pool for worker in self._core.workers.values()]
-        for pool in set(pools) | {record.pool for record in self.records}:
+        for pool in Pool:
             self._metrics.workers.labels(pool).set(pools.count(pool))
         self._metrics.queued.set(self._core.scheduler.queued)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import REGISTRY
+from starlette.middleware import Middleware
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -30,7 +31,7 @@ from cluster.membership import (
     keep_lease,
     open_redis,
 )
-from cluster.scheduler.policy import JoinShortestQueue, PlacementPolicy
+from cluster.scheduler.policies import Policies, PolicyOptions
 from cluster.scheduler.scheduler import Scheduler
 from cluster.vllm_args import parse_vllm_args
 from router.cluster_core import ClusterCore
@@ -38,6 +39,7 @@ from router.dashboard.routes import dashboard_routes
 from router.dashboard.source import DashboardSource
 from router.members import MemberWatcher
 from router.metrics import RouterMetrics
+from router.placing import PlacementHeaders
 from router.settings import RouterSettings
 
 
@@ -45,7 +47,8 @@ async def run_router(settings: RouterSettings) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Raises:
-        BadVllmArguments, OSError for a port in use, and what vLLM raises for a bad model.
+        BadVllmArguments, BadPolicy, OSError for a port in use, and what vLLM raises for a bad
+        model.
     """
     args = router_args(settings)
     # Bound before anything else is started, so that a port in use is found out at once.
@@ -53,8 +56,11 @@ async def run_router(settings: RouterSettings) -> None:
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     metrics = RouterMetrics(REGISTRY)
+    policies = Policies(
+        PolicyOptions(settings.local_prompt_tokens, settings.queue_threshold_tokens)
+    )
     scheduler = Scheduler(
-        make_policy(settings),
+        policies.get(settings.policy),
         new_id=lambda: uuid.uuid4().hex[:12],
         queue_deadline_s=settings.queue_deadline_s,
     )
@@ -75,7 +81,9 @@ async def run_router(settings: RouterSettings) -> None:
     watcher = MemberWatcher(membership, core, metrics)
     background = [asyncio.create_task(watcher.run(), name="members")]
     try:
-        await serve_when_ready(settings, args, engine, core, watcher, sock, membership, background)
+        await serve_when_ready(
+            settings, args, engine, core, watcher, policies, sock, membership, background
+        )
     finally:
         for task in background:
             task.cancel()
@@ -83,7 +91,8 @@ async def run_router(settings: RouterSettings) -> None:
         with contextlib.suppress(*REDIS_ERRORS):
             await membership.remove_router(settings.router_id)
         for key in list(core.workers):
-            await core.disconnect(key)
+            if link := core.remove(key):
+                await link.close()
         await redis.aclose()
         engine.shutdown()
         sock.close()
@@ -95,6 +104,7 @@ async def serve_when_ready(
     engine: AsyncLLM,
     core: ClusterCore,
     watcher: MemberWatcher,
+    policies: Policies,
     sock: socket.socket,
     membership: Membership,
     background: list[asyncio.Task[None]],
@@ -113,6 +123,9 @@ async def serve_when_ready(
     await init_app_state(engine, app.state, args, tasks)
     dashboard = DashboardSource(settings, core, watcher)
     app.include_router(dashboard_routes(dashboard.state))
+    # Innermost: who may not ask at all is told that first. vLLM has built its stack already.
+    app.user_middleware.append(Middleware(PlacementHeaders, policies))
+    app.middleware_stack = app.build_middleware_stack()
     record = RouterRecord(settings.router_id, settings.url, os.getpid())
     background.append(
         asyncio.create_task(
@@ -142,13 +155,6 @@ async def serve_when_ready(
 def router_args(settings: RouterSettings) -> argparse.Namespace:
     address = ["--host", settings.host, "--port", str(settings.port)]
     return parse_vllm_args([*settings.vllm_args, *address])
-
-
-def make_policy(settings: RouterSettings) -> PlacementPolicy:
-    policies = {
-        "join_shortest_queue": lambda: JoinShortestQueue(settings.local_prompt_tokens),
-    }
-    return policies[settings.policy]()
 
 
 def stop_signal() -> asyncio.Future[None]:

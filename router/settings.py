@@ -20,6 +20,7 @@ class RouterSettings:
     lease_s: float
     policy: str
     local_prompt_tokens: int
+    queue_threshold_tokens: int
     queue_deadline_s: float
     adopt_deadline_s: float
 

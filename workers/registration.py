@@ -26,6 +26,8 @@ class Registration:
         self._redis: redis.asyncio.Redis = open_redis(settings.redis_url)
         self._membership = Membership(self._redis, settings.cluster, settings.lease_s)
         self._changed = asyncio.Event()
+        self.draining = asyncio.Event()
+        """Set when somebody asked this start of the worker to drain."""
         self.record = WorkerRecord(
             worker_id=settings.worker_id,
             incarnation=settings.incarnation,
@@ -56,3 +58,12 @@ class Registration:
 
     async def _write(self) -> None:
         await self._membership.put_worker(self.record)
+        if self.record.state is not WorkerState.READY:
+            return
+        asked = await self._membership.drain_asked(self.record.worker_id)
+        if asked is not None and asked.incarnation == self.record.incarnation:
+            self.record = dataclasses.replace(
+                self.record, state=WorkerState.DRAINING, drain_until_unix_s=asked.until_unix_s
+            )
+            await self._membership.put_worker(self.record)
+            self.draining.set()

@@ -49,6 +49,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self.description = worker_pb2.WorkerDescription()
         self.engine: EngineHost | None = None
 
+    @property
+    def requests(self) -> int:
+        """Requests that routers have running or waiting here."""
+        return sum(len(link.request_ids) for link in self._links.values())
+
     async def Describe(  # noqa: N802 - gRPC's name
         self,
         request: worker_pb2.DescribeRequest,

@@ -16,6 +16,8 @@ class HandoffSettings:
     """For one transfer, from its first layer to the receiver's answer."""
     idle_s: float = 30.0
     """An untouched transfer is dropped after this time."""
+    codec: str = "none"
+    """How KV is written that this worker sends: a name in workers/kv/codecs.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class WorkerSettings:
     # Membership; without a URL the worker is known only to whoever started it.
     redis_url: str = ""
     cluster: str = "baton"
-    lease_s: float = 3.0
+    lease_s: float = 2.4
     pool: str = "prefill"
     node: str = ""
     placement_reason: str = ""

@@ -15,10 +15,12 @@ import grpc.aio
 from cluster.membership import WorkerState
 from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
 from workers.engine import EngineHost
+from workers.kv.codecs import CODECS
 from workers.kv.endpoint import KvEndpoint, publish, withdraw
 from workers.kv.inbox import Inbox
 from workers.kv.sender import Identity, Sender, Sent
 from workers.kv.service import KvInboxService
+from workers.memory import keep_freed_memory
 from workers.registration import Registration
 from workers.server import WorkerService, add_standard_services
 from workers.settings import WorkerSettings
@@ -28,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 2.0
 ENGINE_STOP_S = 10.0
+ROUTERS_NOTICE_S = 1.5
+MOVE_GRACE_S = 3.0
+DRAIN_POLL_S = 0.1
 
 
 @dataclass(slots=True)
@@ -53,6 +58,7 @@ class Worker:
         """
         # Payloads are read where gRPC put them, and gRPC's bytes are read-only: so are our reads.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        keep_freed_memory()
         loop = asyncio.get_running_loop()
         endpoint_name = uuid.uuid4().hex
         registration = Registration(settings) if settings.redis_url else None
@@ -74,6 +80,7 @@ class Worker:
                 settings.handoff.transfer_deadline_s,
                 _log_sent,
             ),
+            CODECS[settings.handoff.codec],
         )
         publish(endpoint_name, endpoint)
         service = WorkerService(loop)
@@ -94,6 +101,19 @@ class Worker:
         if registration:
             registration.update(WorkerState.READY, address)
         return cls(settings, service, engine, endpoint, server, endpoint_name, registration)
+
+    async def drained(self) -> None:
+        """Returns when the worker was asked to drain and nothing runs on it any more, or when
+        routers have had time to move what was left at the deadline."""
+        if self.registration is None:
+            await asyncio.Event().wait()
+            return
+        await self.registration.draining.wait()
+        # Until routers have read that it drains, they may place requests here.
+        await asyncio.sleep(ROUTERS_NOTICE_S)
+        last_s = self.registration.record.drain_until_unix_s + MOVE_GRACE_S
+        while self.service.requests and time.time() < last_s:
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def stop(self) -> None:
         if self.registration:

@@ -64,6 +64,57 @@ def serve(as_json: bool, quick: bool, model: Path | None, **given: Any) -> None:
         _show(report)
 
 
+@bench.command()
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+@click.option("--policy", help="placement policy  [splitwise]")
+@click.option("--quick", is_flag=True, help="small clusters, few placements: does it work at all")
+def scheduler(as_json: bool, policy: str | None, quick: bool) -> None:
+    """Time placements in clusters of 10, 100 and 1,000 workers.
+
+    Starts no servers: it is the scheduler alone.
+    """
+    from cluster.bench.scheduler import QUICK, SchedulerSettings, run_scheduler
+    from cluster.scheduler.policies import BadPolicy
+
+    settings = QUICK if quick else SchedulerSettings()
+    if policy is not None:
+        settings = dataclasses.replace(settings, policy=policy)
+    try:
+        report = run_scheduler(settings, _tell)
+    except BadPolicy as error:
+        raise click.BadParameter(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _show_scheduler(report)
+
+
+@bench.command()
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+@click.option("--repeats", type=click.IntRange(1), help="of each size and way  [9]")
+@click.option("--quick", is_flag=True, help="small hand-offs, few repeats: does it work at all")
+def kv(as_json: bool, repeats: int | None, quick: bool) -> None:
+    """Compare hand-offs of 1, 16 and 256 MB with a plain socket and with memcpy.
+
+    Between two processes on this machine, through gRPC with each codec. No model is loaded.
+    """
+    from cluster.bench.kv import QUICK, KvSettings, run_kv, summary
+    from cluster.bench.report import BenchFailed, machine
+
+    settings = QUICK if quick else KvSettings()
+    if repeats is not None:
+        settings = dataclasses.replace(settings, repeats=repeats)
+    host = machine()
+    try:
+        report = summary(host, settings, run_kv(settings, _tell))
+    except BenchFailed as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _show_kv(report)
+
+
 def _settings(
     quick: bool,
     prompt_tokens: str | None,
@@ -153,9 +204,46 @@ def _show(report: dict[str, Any]) -> None:
             f"p99 {_milliseconds(side['inter_token_p99_ms'])}"
         )
     console.print()
+    _show_goals(console, report)
+
+
+def _show_scheduler(report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    host, settings = report["machine"], report["settings"]
+    console.print(
+        f"policy {settings['policy']}, {settings['requests_per_worker']} requests a worker; "
+        f"{host['cpu_model']}, Python {host['python']}"
+    )
+    table = Table(box=None, pad_edge=False)
+    for column in ("workers", "placement", "p99", "of that, arrival", "a later token"):
+        table.add_column(column, justify="right")
+    for workers, result in report["results"].items():
+        keys = ("request_us", "request_p99_us", "arrival_us", "token_us")
+        table.add_row(workers, *(f"{result[key]:.1f} us" for key in keys))
+    console.print(table)
+    console.print()
+    _show_goals(console, report)
+
+
+def _show_kv(report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    host = report["machine"]
+    console.print(f"{host['cpu_model']}, {host['cores']} cores; GB/s of KV, medians")
+    table = Table(box=None, pad_edge=False)
+    ways = list(dict.fromkeys(way for result in report["results"].values() for way in result))
+    for column in ("hand-off", *(way.replace("_", " ") for way in ways)):
+        table.add_column(column, justify="right")
+    for size, result in report["results"].items():
+        table.add_row(f"{size} MB", *(f"{result[way]['gb_s']:.2f}" for way in ways))
+    console.print(table)
+    console.print()
+    _show_goals(console, report, "at least")
+
+
+def _show_goals(console: Console, report: dict[str, Any], bound: str = "at most") -> None:
     for goal in report["goals"]:
         mark = "[green]met[/green]   " if goal["met"] else "[red]missed[/red]"
-        console.print(f"  {mark} {goal['name']}: {goal['value']} (at most {goal['goal']})")
+        console.print(f"  {mark} {goal['name']}: {goal['value']} ({bound} {goal['goal']})")
 
 
 def _milliseconds(value: float | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from cluster.scheduler.policy import Ask, Placement
+from cluster.scheduler.policy import Ask, Placement, PlacementPolicy
 from cluster.scheduler.view import WorkerKey
 
 
@@ -116,6 +116,8 @@ class Leg:
 @dataclass(slots=True)
 class Life:
     ask: Ask
+    policy: PlacementPolicy | None = None
+    """Its own, if it brought one."""
     phase: Phase = Phase.QUEUED
     path: Path = Path.KEPT_LOCAL
     placement: Placement | None = None
@@ -136,6 +138,8 @@ class Life:
 
     def remaining(self) -> Ask:
         """The ask as it stands after the tokens the client has."""
+        if not self.tokens:
+            return self.ask
         return Ask(
             request_id=self.ask.request_id,
             prompt_tokens=self.ask.prompt_tokens,

@@ -3,11 +3,13 @@ at once, as Splitwise has it (section IV-A): the hand-off's two ends are chosen 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from operator import attrgetter
+from typing import ClassVar, Protocol
 
-from cluster.scheduler.view import ClusterView, Pool, WorkerKey, WorkerView
+from cluster.scheduler.view import ClusterView, Pools, WorkerKey, WorkerView
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,10 @@ class Placement:
     prefill: WorkerKey
     decode: WorkerKey
     reason: str
+    lends_prefill: bool = False
+    """The prefill worker is of the decode pool, and mixed until the prompt is done."""
+    lends_decode: bool = False
+    """The decode worker is of the prefill pool, and mixed until the request is done."""
 
     @property
     def hands_over(self) -> bool:
@@ -48,59 +54,87 @@ class PlacementPolicy(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class JoinShortestQueue:
-    """Splitwise's rule: prefill where the fewest prompt tokens wait, decode where memory and
-    running tokens are least. A pool that has no worker left borrows from the other.
+class Pick:
+    worker: WorkerView
+    reason: str = ""
+    """If there is one beside the policy's own."""
+    lends: bool = False
+    """It does the other pool's work with this."""
+
+
+class PairPolicy(ABC):
+    """Picks the prefill worker, then a decode worker of its model. What all such policies have in
+    common is here: the cases in which nothing is handed over.
 
     `local_prompt_tokens`: prompts up to this length go straight to the decode worker; handing
     their KV over would cost more than it saves.
     """
 
-    local_prompt_tokens: int = 0
+    local_prompt_tokens: int
+    reason: ClassVar[str]
+    """What is told of a placement that was nothing special."""
+
+    @abstractmethod
+    def pick_prefill(self, ask: Ask, pools: Pools) -> Pick | None: ...
+
+    @abstractmethod
+    def pick_decode(self, ask: Ask, pools: Pools, prefill: Pick | None) -> Pick | None:
+        """`pools` are of the model of `prefill`, if that is given."""
 
     def place(self, ask: Ask, view: ClusterView) -> Placement | None:
-        prefill = least(self._candidates(ask, view, Pool.PREFILL), prefill_queue)
+        pools = view.pools(ask.tokens_to_compute)
+        decodes = ask.can_hand_over and ask.max_tokens > 1
+        if decodes and ask.tokens_to_compute <= self.local_prompt_tokens:
+            local = self.pick_decode(ask, pools, None)
+            if local is None:
+                return None
+            return _stay(local, "short prompt", lends_decode=local.lends)
+        prefill = self.pick_prefill(ask, pools)
         if prefill is None:
             return None
-        if not ask.can_hand_over:
-            return Placement(prefill.key, prefill.key, "nothing to hand over")
-        if ask.max_tokens == 1:
-            return Placement(prefill.key, prefill.key, "one token only")
-        peers = [
-            worker
-            for worker in self._candidates(ask, view, Pool.DECODE)
-            if worker.model == prefill.model
-        ]
-        decode = least(peers, decode_queue)
-        if decode is None:
-            return Placement(prefill.key, prefill.key, "no decode worker")
-        if ask.tokens_to_compute <= self.local_prompt_tokens:
-            return Placement(decode.key, decode.key, "short prompt")
-        if decode is prefill:
-            return Placement(prefill.key, prefill.key, "one worker only")
-        return Placement(prefill.key, decode.key, "shortest queues")
-
-    @staticmethod
-    def _candidates(ask: Ask, view: ClusterView, pool: Pool) -> Sequence[WorkerView]:
-        fitting = [
-            worker
-            for worker in view.available()
-            if ask.tokens_to_compute < worker.max_model_len_tokens
-        ]
-        return [worker for worker in fitting if worker.pool is pool] or fitting
+        if not decodes:
+            reason = "one token only" if ask.can_hand_over else "nothing to hand over"
+            return _stay(prefill, reason, lends_prefill=prefill.lends)
+        peers = pools.of_model(prefill.worker.model)
+        decode = self.pick_decode(ask, peers, prefill)
+        assert decode is not None, "a prefill worker can decode, too"
+        reason = prefill.reason or decode.reason or self.reason
+        if decode.worker is prefill.worker and peers.count == 1:
+            reason = "one worker only" if pools.count == 1 else "no decode worker"
+        return Placement(prefill.worker.key, decode.worker.key, reason, prefill.lends, decode.lends)
 
 
-def prefill_queue(worker: WorkerView) -> tuple[float, ...]:
-    return (worker.pending_prompt_tokens, worker.prefills, worker.kv_load)
+def _stay(pick: Pick, reason: str, **lends: bool) -> Placement:
+    return Placement(pick.worker.key, pick.worker.key, reason, **lends)
 
 
-def decode_queue(worker: WorkerView) -> tuple[float, ...]:
-    # Memory first, in steps of a tenth: within one, the fewer running tokens decide.
-    return (int(worker.kv_load * 10), worker.decode_tokens, worker.decodes)
+Queue = Callable[[WorkerView], float]
 
 
-def least(
-    workers: Sequence[WorkerView], queue: Callable[[WorkerView], tuple[float, ...]]
-) -> WorkerView | None:
-    """The worker with the shortest queue; the key breaks ties, so decisions can be repeated."""
-    return min(workers, key=lambda worker: (queue(worker), worker.key), default=None)
+def _memory_tenths(worker: WorkerView) -> int:
+    return int(worker.kv_load * 10)
+
+
+PREFILL_QUEUE: Sequence[Queue] = (
+    attrgetter("pending_prompt_tokens"),
+    attrgetter("prefills"),
+    attrgetter("kv_load"),
+)
+# Memory first, in steps of a tenth: within one, the fewer running tokens decide.
+DECODE_QUEUE: Sequence[Queue] = (
+    _memory_tenths,
+    attrgetter("decode_tokens"),
+    attrgetter("decodes"),
+)
+
+
+def shortest(workers: list[WorkerView], queues: Sequence[Queue]) -> WorkerView | None:
+    """The worker with the shortest queue; each further queue breaks the ties of the former, and in
+    the end the key, so that decisions can be repeated."""
+    for queue in queues:
+        if len(workers) < 2:
+            break
+        lengths = [*map(queue, workers)]
+        least = min(lengths)
+        workers = [w for w, length in zip(workers, lengths, strict=True) if length == least]
+    return min(workers, key=attrgetter("key"), default=None)

@@ -17,15 +17,18 @@ ATTEMPTS_MAX = 4
 class _Charge:
     """What a request was added to its workers' load as."""
 
-    prefill: WorkerKey | None = None
-    prompt_tokens: int = 0
-    decode: WorkerKey | None = None
-    decode_tokens: int = 0
+    prefill: WorkerKey | None
+    decode: WorkerKey
+    prompt_tokens: int
+    decode_tokens: int
+    lends_prefill: bool
+    lends_decode: bool
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """`new_id` makes the part of a leg's id that no other router or restart will make."""
+    """`policy` places requests that don't bring their own. `new_id` makes the part of a leg's id
+    that no other router or restart will make."""
 
     policy: PlacementPolicy
     new_id: Callable[[], str]
@@ -45,8 +48,10 @@ class Scheduler:
 
     # --- requests -----------------------------------------------------------------------------
 
-    def on_arrival(self, ask: Ask, now_s: float) -> list[Action]:
-        life = self.lives[ask.request_id] = Life(ask)
+    def on_arrival(
+        self, ask: Ask, now_s: float, policy: PlacementPolicy | None = None
+    ) -> list[Action]:
+        life = self.lives[ask.request_id] = Life(ask, policy)
         actions = self._place(life)
         if actions is not None:
             return actions
@@ -69,7 +74,7 @@ class Scheduler:
         charge = self._charges[life.ask.request_id]
         if was_prefilling and life.phase is not Phase.PREFILLING:
             self._refund_prefill(charge)
-        if charge.decode is not None and (decode := self.view.workers.get(charge.decode)):
+        if decode := self.view.workers.get(charge.decode):
             decode.decode_tokens += len(token_ids)
             charge.decode_tokens += len(token_ids)
         if life.leg is None or life.leg.leg_id != leg_id:
@@ -81,6 +86,9 @@ class Scheduler:
     def life_of_leg(self, leg_id: str) -> Life | None:
         """None for a leg that is no longer its request's."""
         return self._by_leg.get(leg_id)
+
+    def policy_of(self, life: Life) -> PlacementPolicy:
+        return life.policy or self.policy
 
     def on_adopted(self, leg_id: str, handed_over: bool) -> Life | None:
         life = self._by_leg.get(leg_id)
@@ -108,6 +116,16 @@ class Scheduler:
             a for a in actions if not (isinstance(a, CancelLeg | DropTransfer) and a.worker == key)
         ]
 
+    def on_drain_deadline(self, key: WorkerKey, now_s: float) -> list[Action]:
+        """What still runs on a draining worker goes on elsewhere."""
+        worker = self.view.workers.get(key)
+        if worker is None or not worker.draining:
+            return []
+        actions: list[Action] = []
+        for life in [life for life in self.lives.values() if life.depends_on(key)]:
+            actions.extend(self._move(life, now_s))
+        return actions
+
     def on_load(self, key: WorkerKey, running: int, waiting: int, kv_usage: float) -> None:
         worker = self.view.workers.get(key)
         if worker is not None:
@@ -130,7 +148,7 @@ class Scheduler:
 
     def _place(self, life: Life) -> list[Action] | None:
         ask = life.remaining()
-        placement = self.policy.place(ask, self.view)
+        placement = self.policy_of(life).place(ask, self.view)
         if placement is None:
             return None
         actions = [life.start(placement, self.new_id())]
@@ -140,9 +158,20 @@ class Scheduler:
         tokens = ask.tokens_to_compute
         prefill.pending_prompt_tokens += tokens
         prefill.prefills += 1
+        prefill.lent += placement.lends_prefill
         decode.decode_tokens += tokens
         decode.decodes += 1
-        self._charges[ask.request_id] = _Charge(prefill.key, tokens, decode.key, tokens)
+        decode.lent += placement.lends_decode
+        if prefill is decode:
+            prefill.pending_local_tokens += tokens
+        self._charges[ask.request_id] = _Charge(
+            prefill=prefill.key,
+            decode=decode.key,
+            prompt_tokens=tokens,
+            decode_tokens=tokens,
+            lends_prefill=placement.lends_prefill,
+            lends_decode=placement.lends_decode,
+        )
         return actions
 
     def _place_queued(self) -> list[Action]:
@@ -179,12 +208,16 @@ class Scheduler:
         if charge is None:
             return
         self._refund_prefill(charge)
-        if charge.decode is not None and (worker := self.view.workers.get(charge.decode)):
+        if worker := self.view.workers.get(charge.decode):
             worker.decode_tokens -= charge.decode_tokens
             worker.decodes -= 1
+            worker.lent -= charge.lends_decode
 
     def _refund_prefill(self, charge: _Charge) -> None:
         if charge.prefill is not None and (worker := self.view.workers.get(charge.prefill)):
             worker.pending_prompt_tokens -= charge.prompt_tokens
             worker.prefills -= 1
-        charge.prefill, charge.prompt_tokens = None, 0
+            worker.lent -= charge.lends_prefill
+            if charge.prefill == charge.decode:
+                worker.pending_local_tokens -= charge.prompt_tokens
+        charge.prefill = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 class Pool(enum.StrEnum):
@@ -14,8 +14,7 @@ class Pool(enum.StrEnum):
     DECODE = "decode"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class WorkerKey:
+class WorkerKey(NamedTuple):
     """One start of one worker. What an older start said or was told no longer counts."""
 
     worker_id: str
@@ -38,10 +37,14 @@ class WorkerView:
 
     # What this router placed there and has not seen done.
     pending_prompt_tokens: int = 0
+    pending_local_tokens: int = 0
+    """Those of the pending prompt tokens that are decode tokens too, for they stay here."""
     prefills: int = 0
     decodes: int = 0
     decode_tokens: int = 0
     """Context tokens of the requests decoding there."""
+    lent: int = 0
+    """Requests for which it does the other pool's work."""
 
     # What the worker said last; other routers' work is in it.
     reported_running: int = 0
@@ -49,19 +52,65 @@ class WorkerView:
     reported_kv_usage: float = 0.0
 
     @property
+    def mixed(self) -> bool:
+        """It keeps its label, and is back in its pool when it has no more of the other's work."""
+        return self.lent > 0
+
+    @property
     def kv_load(self) -> float:
         """Share of the KV cache in use or promised, whichever figure is ahead."""
-        promised = (self.decode_tokens + self.pending_prompt_tokens) / max(1, self.kv_tokens)
-        return max(promised, self.reported_kv_usage)
+        promised = self.decode_tokens + self.pending_prompt_tokens - self.pending_local_tokens
+        share = promised / self.kv_tokens if self.kv_tokens else float(promised)
+        return share if share > self.reported_kv_usage else self.reported_kv_usage
+
+
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Workers that may be given new work, each in one of the three."""
+
+    prefill: list[WorkerView]
+    decode: list[WorkerView]
+    mixed: list[WorkerView]
+
+    @property
+    def count(self) -> int:
+        return len(self.prefill) + len(self.decode) + len(self.mixed)
+
+    def everyone(self) -> list[WorkerView]:
+        return [*self.prefill, *self.decode, *self.mixed]
+
+    def labelled(self, pool: Pool) -> list[WorkerView]:
+        """A pool with those of it that are mixed; all workers if it has none."""
+        own = self.prefill if pool is Pool.PREFILL else self.decode
+        if self.mixed:
+            own = [*own, *(worker for worker in self.mixed if worker.pool is pool)]
+        return own or self.everyone()
+
+    def of_model(self, model: str) -> Pools:
+        return Pools(
+            [worker for worker in self.prefill if worker.model == model],
+            [worker for worker in self.decode if worker.model == model],
+            [worker for worker in self.mixed if worker.model == model],
+        )
 
 
 @dataclass(slots=True)
 class ClusterView:
     workers: dict[WorkerKey, WorkerView] = field(default_factory=dict)
 
-    def available(self) -> Iterator[WorkerView]:
-        """Workers that may be given new work."""
-        return (worker for worker in self.workers.values() if not worker.draining)
-
-    def pool(self, pool: Pool) -> list[WorkerView]:
-        return [worker for worker in self.available() if worker.pool is pool]
+    def pools(self, tokens: int) -> Pools:
+        """Of the workers that have room for a context of more than `tokens`."""
+        prefill: list[WorkerView] = []
+        decode: list[WorkerView] = []
+        mixed: list[WorkerView] = []
+        prefill_pool = Pool.PREFILL  # looking it up takes as long as all the rest of the loop
+        for worker in self.workers.values():
+            if worker.draining or tokens >= worker.max_model_len_tokens:
+                continue
+            if worker.lent:
+                mixed.append(worker)
+            elif worker.pool is prefill_pool:
+                prefill.append(worker)
+            else:
+                decode.append(worker)
+        return Pools(prefill, decode, mixed)

@@ -6,6 +6,10 @@ GRPC_OPTIONS: list[tuple[str, int]] = [
     # A frame or a step's outputs may be large; both ends are ours and bound what they send.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
+    # KV fills the link: a window of several frames, and not found out step by step.
+    ("grpc.http2.lookahead_bytes", 8 << 20),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.max_frame_size", (1 << 24) - 1),
     # Find out that a peer is gone although nothing is being sent.
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 3_000),

@@ -10,12 +10,16 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CODEC_NONE: _ClassVar[Codec]
+    CODEC_FP8: _ClassVar[Codec]
+    CODEC_INT8: _ClassVar[Codec]
 
 class KeyOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     KEY_ORDER_TOKENS_CHANNELS: _ClassVar[KeyOrder]
     KEY_ORDER_CHANNELS_TOKENS: _ClassVar[KeyOrder]
 CODEC_NONE: Codec
+CODEC_FP8: Codec
+CODEC_INT8: Codec
 KEY_ORDER_TOKENS_CHANNELS: KeyOrder
 KEY_ORDER_CHANNELS_TOKENS: KeyOrder
 

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -213,6 +214,60 @@ def test_killed_worker_comes_back(running: Up) -> None:
     completion = client.completions.create(model=BUNDLED_MODEL_NAME, prompt=prompt, temperature=0)
     assert completion.choices[0].text == answer
     assert metrics(running.url)["baton_handoffs_completed_total"] == before + 1
+
+
+def test_drain_of_every_worker_under_load_fails_no_request(running: Up) -> None:
+    """A rolling restart: each answer stays the one it was before."""
+    rng = random.Random(5)
+    prompts = [recall_prompt(rng, 30)[0] for _ in range(8)]
+
+    def ask(client: openai.OpenAI, prompt: str) -> str:
+        reply = client.completions.create(
+            model=BUNDLED_MODEL_NAME,
+            prompt=prompt,
+            temperature=0,
+            max_tokens=60,
+            extra_body={"ignore_eos": True},
+        )
+        return reply.choices[0].text
+
+    def new_client() -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+
+    expected = {prompt: ask(new_client(), prompt) for prompt in prompts}
+    stop, wrong, asked = threading.Event(), [], []
+
+    def load(index: int) -> None:
+        client = new_client()
+        while not stop.is_set():
+            prompt = prompts[(index + len(asked)) % len(prompts)]
+            asked.append(prompt)
+            try:
+                answer = ask(client, prompt)
+            except Exception as error:
+                answer = repr(error)
+            if answer != expected[prompt]:
+                wrong.append((prompt, answer))
+
+    threads = [threading.Thread(target=load, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for worker in ("decode-0", "prefill-0"):
+            drained = running.command("drain", worker, "--deadline", "1s")
+            assert drained.returncode == 0, drained.stderr
+            wait_until(lambda: ready_workers(running) == 2, READY_WITHIN_S, running.process)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert not wrong
+    assert len(asked) > 20
+
+
+def ready_workers(running: Up) -> int:
+    workers = json.loads(running.command("status", "--json").stdout)["workers"]
+    return sum(worker["state"] == "ready" for worker in workers)
 
 
 def test_down_leaves_nothing(running: Up, short_tmp: Path) -> None:

@@ -110,7 +110,9 @@ def test_stream_survives_a_frozen_worker(mortal: Cluster, plain: str) -> None:
     wait_for_workers(mortal, 2)
     before = metrics(mortal.url)["baton_handoffs_started_total"]
     assert ask(mortal.url, "/v1/completions", {**body, "prompt": prompt_of(90, 9051)})[0] == 200
-    assert metrics(mortal.url)["baton_handoffs_started_total"] == before + 1
+    after = metrics(mortal.url)
+    placed = {name: value for name, value in after.items() if "placements_total" in name}
+    assert after["baton_handoffs_started_total"] == before + 1, placed
 
 
 def test_requests_survive_the_death_of_their_prefill_worker(mortal: Cluster, plain: str) -> None:

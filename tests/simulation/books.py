@@ -32,6 +32,8 @@ class Placed:
     """Prompt and resumed tokens."""
     leg_id: str
     leg_worker: WorkerKey
+    lends: tuple[bool, bool]
+    """Whether the prefill worker and the decode worker do the other pool's work with it."""
     transfer_id: str = ""
     """Until a decode leg claims it."""
     computing: bool = True
@@ -136,7 +138,11 @@ class Books:
             raise Violation(f"{client.placed.transfer_id} was not dropped")
         context = client.spec.prompt_tokens + len(client.tokens)
         client.queued_since_s = -1.0
-        client.placed = Placed(action.worker, receiver, context, action.leg_id, action.worker)
+        placement = self.scheduler.lives[action.request_id].placement
+        lends = (placement.lends_prefill, placement.lends_decode) if placement else (False, False)
+        client.placed = Placed(
+            action.worker, receiver, context, action.leg_id, action.worker, lends
+        )
         if isinstance(action, StartPrefill):
             if receiver == action.worker:
                 raise Violation(f"{action.leg_id} hands over to its own worker")
@@ -196,14 +202,15 @@ class Books:
         """Nobody waits for a worker that is there."""
         for request_id, life in self.scheduler.lives.items():
             if life.phase is Phase.QUEUED:
-                placement = self.scheduler.policy.place(life.remaining(), self.scheduler.view)
+                policy = self.scheduler.policy_of(life)
+                placement = policy.place(life.remaining(), self.scheduler.view)
                 if placement is not None:
                     raise Violation(f"{request_id} waits, although {placement.prefill} is there")
 
     def check_loads(self, now_s: float) -> None:
         """The scheduler's state against the world's."""
         scheduler = self.scheduler
-        loads = {key: [0, 0, 0, 0] for key in scheduler.view.workers}
+        loads = {key: [0, 0, 0, 0, 0, 0] for key in scheduler.view.workers}
         running = queued = 0
         for request_id, client in self.clients.items():
             placed = client.placed
@@ -230,8 +237,11 @@ class Books:
                 load = loads[placed.prefill]
                 load[0] += placed.context_tokens
                 load[1] += 1
+                load[4] += placed.lends[0]
+                load[5] += placed.context_tokens if placed.prefill == placed.decode else 0
             load = loads[placed.decode]
             load[2] += 1
+            load[4] += placed.lends[1]
             load[3] += client.spec.prompt_tokens + len(client.tokens)
         sizes = (len(scheduler._by_leg), len(scheduler._charges), scheduler.queued)
         if sizes != (running, running, queued):
@@ -240,6 +250,7 @@ class Books:
             )
         for key, view in scheduler.view.workers.items():
             held = [view.pending_prompt_tokens, view.prefills, view.decodes, view.decode_tokens]
+            held += [view.lent, view.pending_local_tokens]
             if held != loads[key]:
                 raise Violation(f"load of {key} is {held}, it should be {loads[key]}")
 
@@ -262,6 +273,9 @@ class Books:
             self._check_whole(client)
         if self.scheduler.lives or self.scheduler._by_leg or self.scheduler._charges:
             raise Violation("the scheduler still holds requests")
+        mixed = [str(view.key) for view in self.scheduler.view.workers.values() if view.mixed]
+        if mixed:
+            raise Violation(f"{mixed} never return to their pools")
 
     @staticmethod
     def _check_whole(client: Client) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from cluster.scheduler.life import Action, DropTransfer, FailRequest, Finish, Life
-from cluster.scheduler.policy import Ask, JoinShortestQueue, Placement
+from cluster.scheduler.policies import splitwise
+from cluster.scheduler.policies.splitwise import Splitwise
+from cluster.scheduler.policy import Ask, Placement
 from cluster.scheduler.scheduler import Scheduler, _Charge
 from cluster.scheduler.view import ClusterView, WorkerKey, WorkerView
 from tests.simulation.world import simulate
@@ -34,6 +36,14 @@ class RefundsPrefillAtTheEndOnly(Scheduler):
         if charge is not None:
             super()._refund_prefill(charge)
         super()._refund(life)
+
+
+class KeepsDrawnWorkers(Scheduler):
+    """Those that prefilled for the prefill pool."""
+
+    def _refund_prefill(self, charge: _Charge) -> None:
+        charge.lends_prefill = False
+        super()._refund_prefill(charge)
 
 
 class HearsFormerLegs(Scheduler):
@@ -91,26 +101,46 @@ class GivesUpAfterOneLoss(Scheduler):
 
 
 @dataclass(frozen=True, slots=True)
-class PlacesOnDraining(JoinShortestQueue):
+class PlacesOnDraining(Splitwise):
     def place(self, ask: Ask, view: ClusterView) -> Placement | None:
         everyone = {key: _changed(worker, draining=False) for key, worker in view.workers.items()}
-        return JoinShortestQueue.place(self, ask, ClusterView(everyone))
+        return Splitwise.place(self, ask, ClusterView(everyone))
 
 
 @dataclass(frozen=True, slots=True)
-class PairsModels(JoinShortestQueue):
+class PairsModels(Splitwise):
     def place(self, ask: Ask, view: ClusterView) -> Placement | None:
         alike = {key: _changed(worker, model="any") for key, worker in view.workers.items()}
-        return JoinShortestQueue.place(self, ask, ClusterView(alike))
+        return Splitwise.place(self, ask, ClusterView(alike))
 
 
 @dataclass(frozen=True, slots=True)
-class ForgetsResumedTokens(JoinShortestQueue):
+class ForgetsResumedTokens(Splitwise):
     """They need room as the prompt does."""
 
     def place(self, ask: Ask, view: ClusterView) -> Placement | None:
         prompt_only = Ask(ask.request_id, ask.prompt_tokens, ask.max_tokens, 0, ask.can_hand_over)
-        return JoinShortestQueue.place(self, prompt_only, view)
+        return Splitwise.place(self, prompt_only, view)
+
+
+@dataclass(frozen=True, slots=True)
+class ChargesWhatItPlaces(Splitwise):
+    def place(self, ask: Ask, view: ClusterView) -> Placement | None:
+        placement = Splitwise.place(self, ask, view)
+        if placement is not None:
+            view.workers[placement.decode].decode_tokens += ask.tokens_to_compute
+        return placement
+
+
+@dataclass(frozen=True, slots=True)
+class LendsToItsOwnPool(Splitwise):
+    def place(self, ask: Ask, view: ClusterView) -> Placement | None:
+        placement = Splitwise.place(self, ask, view)
+        return placement and replace(placement, lends_prefill=True)
+
+
+def draws_the_last(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(splitwise, "_is_spare", lambda worker, pool: True)
 
 
 def _changed(worker: WorkerView, **values: Any) -> WorkerView:
@@ -211,6 +241,7 @@ def takes_the_hand_over_for_the_end(patch: pytest.MonkeyPatch) -> None:
 SCHEDULERS: list[tuple[type[Scheduler], str]] = [
     (KeepsCharges, "load of"),
     (RefundsPrefillAtTheEndOnly, "load of"),
+    (KeepsDrawnWorkers, "load of"),
     (HearsFormerLegs, "wrong token|finished: (abort|length) with"),
     (ForgetsTheQueue, "waits, although"),
     (RetriesTheQueueForNewWorkersOnly, "waits, although"),
@@ -223,6 +254,8 @@ POLICIES = [
     (PlacesOnDraining, "is draining"),
     (PairsModels, "pairs models"),
     (ForgetsResumedTokens, "do not fit"),
+    (ChargesWhatItPlaces, "changed what the policy saw"),
+    (LendsToItsOwnPool, "is lent to its own pool"),
 ]
 LIVES: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (resumes_without_the_last_token, "goes on after"),
@@ -231,7 +264,7 @@ LIVES: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (forgets_to_drop, "was not dropped"),
     (always_drops, "is not open"),
     (needs_the_prefill_worker_only, "was not dropped|which is gone|is not open"),
-    (takes_an_early_stop_for_the_hand_over, "finished: length with|wrong token|no progress"),
+    (takes_an_early_stop_for_the_hand_over, r"with \d+ tokens|wrong token|no progress"),
     (takes_the_hand_over_for_the_end, "finished: length with 1 tokens"),
 ]
 
@@ -248,8 +281,13 @@ def test_broken_scheduler_is_caught(scheduler: type[Scheduler], violation: str) 
 
 
 @pytest.mark.parametrize(("policy", "violation"), POLICIES)
-def test_broken_policy_is_caught(policy: type[JoinShortestQueue], violation: str) -> None:
+def test_broken_policy_is_caught(policy: type[Splitwise], violation: str) -> None:
     assert_caught(violation, policy=policy())
+
+
+def test_drawing_the_last_of_a_pool_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws_the_last(monkeypatch)
+    assert_caught("the last of its pool")
 
 
 @pytest.mark.parametrize(("breaks", "violation"), LIVES)
@@ -265,4 +303,4 @@ def test_broken_life_is_caught(
 def test_the_same_schedules_pass_unbroken() -> None:
     for seed in SEEDS:
         simulate(seed)
-        simulate(seed, policy=JoinShortestQueue())
+        simulate(seed, policy=Splitwise())

@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from cluster.scheduler.policies import BUILT_IN
 from tests.simulation.world import NO_FAULTS, World, simulate
 
 SCHEDULES = int(os.environ.get("BATON_SCHEDULES", "3000"))
@@ -17,7 +18,7 @@ SEED = os.environ.get("BATON_SEED")
 BATCHES = 10
 
 HAPPENINGS = (
-    *("kill", "break", "drain", "pool", "lost", "leave", "late", "adopted", "recomputed"),
+    *("kill", "break", "drain", "pool", "lost", "leave", "late", "adopted", "recomputed", "draw"),
     *("StartPrefill", "StartDecode", "StartLocal", "CancelLeg", "DropTransfer", "FailRequest"),
 )
 
@@ -43,9 +44,10 @@ def test_one_schedule() -> None:
 
 
 @pytest.mark.skipif(SEED is not None, reason="BATON_SEED asks for one schedule")
-def test_without_faults_nothing_fails() -> None:
+@pytest.mark.parametrize("policy_name", BUILT_IN)
+def test_without_faults_nothing_fails(policy_name: str) -> None:
     for seed in range(100):
-        counts = simulate(seed, faults=NO_FAULTS)
+        counts = simulate(seed, faults=NO_FAULTS, policy_name=policy_name)
         assert not counts["FailRequest"] and not counts["late"] and not counts["recomputed"]
 
 

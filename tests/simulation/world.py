@@ -28,10 +28,12 @@ from cluster.scheduler.life import (
     StartLocal,
     StartPrefill,
 )
-from cluster.scheduler.policy import Ask, JoinShortestQueue, PlacementPolicy
+from cluster.scheduler.policies import BUILT_IN, DEFAULT, PolicyOptions, make_policy
+from cluster.scheduler.policy import Ask, PlacementPolicy
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.view import Pool, WorkerKey, WorkerView
 from tests.simulation.books import Books, Client, Violation
+from tests.simulation.watched import Watched
 from tests.simulation.worker import LONG_MODEL_LEN, SHORT_MODEL_LEN, SimWorker, Spec
 
 TICK_S = 1.0
@@ -81,6 +83,7 @@ class World:
         seed: int,
         faults: Faults | None = None,
         policy: PlacementPolicy | None = None,
+        policy_name: str | None = None,
         make_scheduler: Callable[..., Scheduler] = Scheduler,
     ) -> None:
         self.seed = seed
@@ -100,8 +103,17 @@ class World:
         self._orphans: set[str] = set()
         """Transfers whose end the router could not tell: left to the inbox's own sweep."""
         leg_suffixes = itertools.count(1)
+        options = PolicyOptions(
+            local_prompt_tokens=self.random.choice((0, 0, 20)),
+            queue_threshold_tokens=self.random.choice((1, 100, 400, 8192)),
+            rng=self.random,
+        )
+        self.policies = {name: Watched(make_policy(name, options)) for name in BUILT_IN}
+        policy_name = policy_name or self.random.choice((*[DEFAULT] * 3, *BUILT_IN))
+        self.policy = Watched(policy) if policy else self.policies[policy_name]
+        self.own_policies = self.random.choice((0.0, 0.0, 0.3))
         self.scheduler = make_scheduler(
-            policy=policy or JoinShortestQueue(self.random.choice((0, 0, 20))),
+            policy=self.policy,
             new_id=lambda: str(next(leg_suffixes)),
             queue_deadline_s=self.random.choice((3.0, 30.0)),
         )
@@ -120,6 +132,7 @@ class World:
             if self.now_s > END_S:
                 raise Violation(f"no progress: {self.books.unended()} still wait")
         self.books.check_end()
+        self.counts["draw"] = sum(p.draws for p in {self.policy, *self.policies.values()})
         for worker in self.workers.values():
             left = set(worker.transfers) - self._orphans
             if worker.legs or left:
@@ -259,7 +272,10 @@ class World:
         ask = Ask(
             spec.request_id, spec.prompt_tokens, spec.max_tokens, can_hand_over=spec.can_hand_over
         )
-        self._carry_out(self.scheduler.on_arrival(ask, self.now_s))
+        policy = None
+        if self.chance(self.own_policies):
+            policy = self.random.choice(list(self.policies.values()))
+        self._carry_out(self.scheduler.on_arrival(ask, self.now_s, policy))
 
     def _leave(self, spec: Spec) -> None:
         client = self.books.clients[spec.request_id]

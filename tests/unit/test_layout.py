@@ -149,14 +149,15 @@ def moved(
     first_head: int = 0,
 ) -> None:
     layer = source.layer
+    payload = layer.read(source.block_ids, read.start, len(read))
+    keys, values = target.layer.split(payload, source.heads, len(read), layer.key_order)
     target.layer.write(
         target.block_ids,
         write.start,
         len(write),
-        layer.read(source.block_ids, read.start, len(read)),
-        payload_first=read.start,
-        payload_tokens=len(read),
-        key_order=layer.key_order,
+        keys,
+        values,
+        parts_first=read.start,
         heads=slice(first_head, first_head + source.heads),
     )
 
@@ -211,7 +212,8 @@ def test_bytes_that_went_over_the_wire_are_the_same_numbers() -> None:
     sent = bytes(payload.view(torch.uint8).numpy())
     assert len(sent) == 2 * HEADS * 10 * HEAD_SIZE * 2
     received = torch.frombuffer(bytearray(sent), dtype=torch.bfloat16)
-    target.layer.write(target.block_ids, 0, 10, received, 0, 10, CHANNELS_TOKENS, slice(0, HEADS))
+    keys, values = target.layer.split(received, HEADS, 10, CHANNELS_TOKENS)
+    target.layer.write(target.block_ids, 0, 10, keys, values, 0, slice(0, HEADS))
     assert_holds(target, range(10))
 
 
@@ -318,5 +320,4 @@ def test_an_unknown_key_order_is_refused() -> None:
     target = Sequence.make(CPU, 4, tokens=4)
     payload = torch.zeros(2 * HEADS * 4 * HEAD_SIZE)
     with pytest.raises(UnknownLayout, match="key order 7"):
-        target.layer.write(target.block_ids, 0, 4, payload, 0, 4, 7, slice(0, HEADS))
-    assert_holds(target, range(0))
+        target.layer.split(payload, HEADS, 4, 7)

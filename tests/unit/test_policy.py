@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from cluster.scheduler.policy import Ask, JoinShortestQueue, Placement
+from cluster.scheduler.policies.splitwise import Splitwise
+from cluster.scheduler.policy import Ask, Placement
 from cluster.scheduler.view import ClusterView, Pool, WorkerKey, WorkerView
 
 ASK = Ask("r1", prompt_tokens=100, max_tokens=50)
-POLICY = JoinShortestQueue()
+POLICY = Splitwise()
 
 
 def worker(name: str, pool: Pool, **values: Any) -> WorkerView:
@@ -27,7 +28,7 @@ def decode(name: str, **values: Any) -> WorkerView:
     return worker(name, Pool.DECODE, **values)
 
 
-def placed(*workers: WorkerView, ask: Ask = ASK, policy: JoinShortestQueue = POLICY) -> Placement:
+def placed(*workers: WorkerView, ask: Ask = ASK, policy: Splitwise = POLICY) -> Placement:
     placement = policy.place(ask, ClusterView({w.key: w for w in workers}))
     assert placement is not None
     return placement
@@ -150,7 +151,7 @@ def test_what_has_no_decode_phase_stays_where_it_prefills(ask: Ask, reason: str)
 
 
 def test_a_short_prompt_goes_straight_to_decode() -> None:
-    policy = JoinShortestQueue(local_prompt_tokens=100)
+    policy = Splitwise(local_prompt_tokens=100)
     placement = placed(prefill("p1"), decode("d1"), policy=policy)
     assert names(placement) == ("d1", "d1")
     assert placement.reason == "short prompt"
@@ -163,3 +164,145 @@ def test_placing_changes_nothing() -> None:
     before = [replace(w) for w in view.workers.values()]
     POLICY.place(ASK, view)
     assert list(view.workers.values()) == before
+
+
+# --- the mixed pool -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crowded() -> list[WorkerView]:
+    """The prefill pool's queues are at the threshold."""
+    return [
+        prefill("p1", pending_prompt_tokens=450, prefills=1),
+        prefill("p2", pending_prompt_tokens=480, prefills=1),
+    ]
+
+
+SMALL = Splitwise(queue_threshold_tokens=500)
+
+
+def test_a_long_prefill_queue_draws_a_decode_worker(crowded: list[WorkerView]) -> None:
+    busy = decode("d1", reported_kv_usage=0.5)
+    placement = placed(*crowded, busy, decode("d2"), policy=SMALL)
+    assert names(placement) == ("d2", "d1")
+    assert placement.reason == "drawn from the decode pool"
+    assert (placement.lends_prefill, placement.lends_decode) == (True, False)
+
+
+def test_the_mixed_pool_comes_before_drawing_another(crowded: list[WorkerView]) -> None:
+    mixed = decode("d1", lent=1, pending_prompt_tokens=300, prefills=1)
+    pure = decode("d2"), decode("d3")
+    placement = placed(*crowded, mixed, *pure, policy=SMALL)
+    assert names(placement) == ("d1", "d2")
+    assert placement.reason == "mixed pool" and placement.lends_prefill
+    # Its own queue is long as well: the next one.
+    mixed.pending_prompt_tokens = 401
+    assert names(placed(*crowded, mixed, *pure, policy=SMALL)) == ("d2", "d3")
+
+
+def test_an_empty_queue_is_never_long() -> None:
+    policy = Splitwise(queue_threshold_tokens=50)
+    assert names(placed(prefill("p1"), decode("d1"), decode("d2"), policy=policy)) == ("p1", "d1")
+
+
+def test_up_to_the_threshold_a_queue_is_not_long(crowded: list[WorkerView]) -> None:
+    crowded[0].pending_prompt_tokens = 400
+    pair = names(placed(*crowded, decode("d1"), decode("d2"), policy=SMALL))
+    assert pair == ("p1", "d1")
+
+
+def test_the_last_of_a_pool_is_not_drawn(crowded: list[WorkerView]) -> None:
+    foreign, draining = decode("d2", model="n"), decode("d3", draining=True)
+    mixed = decode("d4", lent=1, pending_prompt_tokens=600, prefills=1)
+    placement = placed(*crowded, decode("d1"), foreign, draining, mixed, policy=SMALL)
+    assert names(placement) == ("p1", "d1")
+    assert placement.reason == "all queues are long" and not placement.lends_prefill
+    # The shortest of all that do this kind of work, and that may be a mixed one.
+    mixed.pending_prompt_tokens = 449
+    placement = placed(*crowded, decode("d1"), foreign, mixed, policy=SMALL)
+    assert names(placement) == ("d4", "d1") and placement.lends_prefill
+
+
+def test_a_full_decode_worker_is_not_drawn(crowded: list[WorkerView]) -> None:
+    full = decode("d1", reported_kv_usage=0.95), decode("d2", reported_kv_usage=0.95)
+    placement = placed(*crowded, *full, policy=SMALL)
+    assert placement.prefill.worker_id == "p1"
+
+
+def test_full_decode_memory_draws_a_prefill_worker() -> None:
+    full = decode("d1", reported_kv_usage=0.9)
+    placement = placed(prefill("p1"), prefill("p2"), full)
+    assert names(placement) == ("p1", "p2")
+    assert placement.reason == "drawn from the prefill pool"
+    assert (placement.lends_prefill, placement.lends_decode) == (False, True)
+    # The last one is not.
+    placement = placed(prefill("p1"), full)
+    assert names(placement) == ("p1", "d1") and not placement.lends_decode
+
+
+def test_decode_memory_is_full_when_the_prompt_would_make_it_so() -> None:
+    workers = prefill("p1"), prefill("p2"), decode("d1", decode_tokens=8_900)
+    assert names(placed(*workers)) == ("p1", "d1")
+    assert names(placed(*workers, ask=replace(ASK, prompt_tokens=101))) == ("p1", "p2")
+
+
+def test_a_mixed_worker_still_does_its_own_work_if_the_others_cannot() -> None:
+    mixed = prefill("p1", lent=1, decodes=1, decode_tokens=100)
+    placement = placed(mixed, prefill("p2", pending_prompt_tokens=500), decode("d1"), policy=SMALL)
+    assert names(placement) == ("p1", "d1")
+    assert placement.reason == "mixed pool" and not placement.lends_prefill
+
+
+def test_one_mixed_worker_may_do_all_of_a_request() -> None:
+    full = decode("d1", reported_kv_usage=0.95)
+    busy = prefill("p1", pending_prompt_tokens=500)
+    placement = placed(busy, full, decode("d2", lent=1), policy=SMALL)
+    assert names(placement) == ("d2", "d2")
+    assert (placement.lends_prefill, placement.lends_decode) == (True, False)
+
+
+def test_a_local_prompt_is_in_memory_once() -> None:
+    local = decode("d1", decode_tokens=3_000, pending_prompt_tokens=3_000)
+    assert local.kv_load == pytest.approx(0.6)
+    local.pending_local_tokens = 3_000
+    assert local.kv_load == pytest.approx(0.3)
+
+
+def test_a_foreign_decode_pool_is_as_good_as_none() -> None:
+    foreign = decode("d1", model="n")
+    placement = placed(prefill("p1"), prefill("p2"), foreign)
+    assert names(placement) == ("p1", "p2") and placement.lends_decode
+    # A mixed one first.
+    mixed = prefill("p2", lent=1)
+    assert names(placed(prefill("p1"), mixed, prefill("p3"), foreign)) == ("p1", "p2")
+
+
+def test_a_full_prefill_worker_is_not_drawn() -> None:
+    full = [prefill("p1", reported_kv_usage=0.95), prefill("p2", reported_kv_usage=0.95)]
+    placement = placed(*full, decode("d1", reported_kv_usage=0.99))
+    assert names(placement) == ("p1", "d1")
+    assert placement.reason == "all queues are long" and not placement.lends_decode
+
+
+def test_a_worker_drawn_for_the_prompt_may_decode_it_too(crowded: list[WorkerView]) -> None:
+    full = decode("d1", reported_kv_usage=0.95)
+    placement = placed(*crowded, full, decode("d2"), policy=SMALL)
+    assert names(placement) == ("d2", "d2")
+    assert placement.reason == "drawn from the decode pool"
+
+
+def test_a_mixed_worker_of_another_model_gets_no_kv() -> None:
+    foreign = decode("d1", model="n", lent=1)
+    assert names(placed(prefill("p1"), prefill("p2"), foreign)) == ("p1", "p2")
+
+
+def test_local_work_on_a_drawn_worker_makes_it_mixed(crowded: list[WorkerView]) -> None:
+    single = placed(
+        *crowded, decode("d1"), decode("d2"), ask=replace(ASK, max_tokens=1), policy=SMALL
+    )
+    assert names(single) == ("d1", "d1") and single.lends_prefill
+    short = placed(
+        *(prefill("p1"), prefill("p2"), decode("d1", reported_kv_usage=0.95)),
+        policy=Splitwise(local_prompt_tokens=100),
+    )
+    assert names(short) == ("p1", "p1") and short.lends_decode

@@ -18,9 +18,10 @@ from cluster.scheduler.life import (
     StartLocal,
     StartPrefill,
 )
-from cluster.scheduler.policy import Ask, JoinShortestQueue
+from cluster.scheduler.policies.splitwise import Splitwise
+from cluster.scheduler.policy import Ask, Placement
 from cluster.scheduler.scheduler import ATTEMPTS_MAX, Scheduler
-from cluster.scheduler.view import Pool, WorkerKey, WorkerView
+from cluster.scheduler.view import ClusterView, Pool, WorkerKey, WorkerView
 
 P, D, D2 = WorkerKey("p", "i1"), WorkerKey("d", "i1"), WorkerKey("d2", "i1")
 ASK = Ask("r", prompt_tokens=100, max_tokens=5)
@@ -29,7 +30,7 @@ IDLE = (0, 0, 0, 0)
 
 def empty() -> Scheduler:
     ids = itertools.count(1)
-    return Scheduler(JoinShortestQueue(), new_id=lambda: str(next(ids)))
+    return Scheduler(Splitwise(), new_id=lambda: str(next(ids)))
 
 
 def add(scheduler: Scheduler, key: WorkerKey, pool: Pool, model_len: int = 1000) -> list[object]:
@@ -262,3 +263,88 @@ def test_reported_load_is_kept_and_a_strangers_ignored() -> None:
     assert (worker.reported_running, worker.reported_waiting, worker.kv_load) == (3, 2, 0.5)
     scheduler.on_load(D2, running=3, waiting=2, kv_usage=0.5)
     assert D2 not in scheduler.view.workers
+
+
+def test_a_local_prompt_is_in_memory_once() -> None:
+    scheduler = empty()
+    add(scheduler, D, Pool.DECODE)
+    worker = scheduler.view.workers[D]
+    scheduler.on_arrival(ASK, 0.0)
+    assert worker.kv_load == 100 / 10_000
+    scheduler.on_output("r.1p.1", [7], None)
+    assert worker.kv_load == 101 / 10_000
+    scheduler.on_abort("r")
+    assert worker.kv_load == 0 and worker.pending_local_tokens == 0
+
+
+def mixing(threshold_tokens: int = 150) -> Scheduler:
+    """A prefill worker that has a prompt already, and two decode workers."""
+    scheduler = pair()
+    add(scheduler, D2, Pool.DECODE)
+    scheduler.policy = Splitwise(queue_threshold_tokens=threshold_tokens)
+    scheduler.on_arrival(replace(ASK, request_id="first"), 0.0)
+    return scheduler
+
+
+def test_a_drawn_worker_returns_when_its_prompts_are_done() -> None:
+    scheduler = mixing()
+    d, d2 = scheduler.view.workers[D], scheduler.view.workers[D2]
+    (start,) = scheduler.on_arrival(ASK, 0.0)
+    assert start == StartPrefill("r", "r.1p.2", D2, D, "r.1p.2")
+    assert d2.mixed and not d.mixed and d2.pool is Pool.DECODE
+    scheduler.on_output("r.1p.2", [7], Finish.LENGTH)
+    assert not d2.mixed
+    scheduler.on_abort("r")
+    scheduler.on_abort("first")
+    assert_idle(scheduler)
+
+
+@pytest.mark.parametrize("how", ["abort", "lost"])
+def test_a_drawn_worker_returns_when_its_request_is_gone(how: str) -> None:
+    scheduler = mixing()
+    scheduler.on_arrival(ASK, 0.0)
+    assert scheduler.view.workers[D2].mixed
+    if how == "abort":
+        scheduler.on_abort("r")
+    else:
+        # The decode worker is lost, and the drawn one is the last of its pool.
+        scheduler.on_worker_lost(D, 1.0)
+        assert scheduler.lives["r"].placement is not None
+        assert not scheduler.lives["r"].placement.lends_prefill
+    assert not scheduler.view.workers[D2].mixed
+
+
+def test_a_prefill_worker_is_mixed_until_the_requests_it_decodes_are_done() -> None:
+    scheduler = pair()
+    p2 = WorkerKey("p2", "i1")
+    add(scheduler, p2, Pool.PREFILL)
+    scheduler.on_load(D, 9, 9, 0.95)
+    scheduler.on_arrival(ASK, 0.0)
+    assert scheduler.view.workers[p2].mixed
+    scheduler.on_output("r.1p.1", [7], Finish.LENGTH)
+    assert scheduler.view.workers[p2].mixed
+    scheduler.on_output("r.1p.1.d", [8], Finish.STOP)
+    assert not scheduler.view.workers[p2].mixed
+    assert_idle(scheduler)
+
+
+class ToOne:
+    """Everything to one worker."""
+
+    def __init__(self, key: WorkerKey) -> None:
+        self.key = key
+
+    def place(self, ask: Ask, view: ClusterView) -> Placement | None:
+        return Placement(self.key, self.key, "the only way") if self.key in view.workers else None
+
+
+def test_a_request_may_bring_its_own_policy() -> None:
+    scheduler = pair()
+    assert scheduler.on_arrival(ASK, 0.0, ToOne(D)) == [StartLocal("r", "r.1p.1", D)]
+    # It keeps it: when its worker is lost, and while it waits.
+    assert scheduler.on_worker_lost(D, 1.0) == []
+    assert scheduler.queued == 1
+    assert add(scheduler, D2, Pool.DECODE) == []
+    assert add(scheduler, D, Pool.DECODE) == [StartLocal("r", "r.2p.2", D)]
+    other = replace(ASK, request_id="other")
+    assert scheduler.on_arrival(other, 2.0)[0].worker == P  # type: ignore[union-attr]

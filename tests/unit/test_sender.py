@@ -626,15 +626,14 @@ def test_a_full_stage_blocks_and_then_ends_the_transfer(
     loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
 ) -> None:
     receiver = start(Silent(loop, "Push"))
-    outbox = make_outbox(deadline_s=0.5, max_staged_bytes=len(LARGE) * 3 // 2)
+    outbox = make_outbox(deadline_s=1.0, max_staged_bytes=len(LARGE) * 3 // 2)
     began_s = time.monotonic()
     transfer = outbox.open(receiver)
     push_layer(transfer, 0, LARGE)
     assert time.monotonic() - began_s < 0.4
     assert outbox.sender.staged_bytes > len(LARGE)
     push_layer(transfer, 1, LARGE)
-    waited_s = time.monotonic() - began_s
-    assert 0.4 < waited_s < 1.5
+    assert 0.9 < time.monotonic() - began_s < SOON_S
     assert outbox.sender.staged_bytes <= outbox.sender.max_staged_bytes
     sent = outbox.result()
     assert (sent.delivered, sent.bytes) == (False, len(LARGE))

@@ -22,9 +22,11 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from cluster.wire import kv_pb2, worker_pb2
 from workers import vllm_resume
+from workers.kv.codecs import CODABLE, group_codec
 from workers.kv.endpoint import ENDPOINT_KEY, published
 from workers.kv.frames import checksum, digest_tokens
 from workers.kv.layout import PagedLayer, paged_layer
+from workers.kv.sender import FRAME_BYTES_MAX
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 SEND, RECEIVE = "baton_send", "baton_receive"
 """Keys of a request's kv_transfer_params: a SendKv message, and a transfer id."""
-
-FRAME_BYTES_MAX = 4 << 20
 
 vllm_resume.install()
 
@@ -186,7 +186,13 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         geometry = self._endpoint.inbox.geometry
+        codec = group_codec(self._endpoint.codec)
         for name, cache in kv_caches.items():
+            if codec is not None and cache.dtype not in CODABLE:
+                raise ValueError(
+                    f"handoff.codec: the KV cache is of {cache.dtype}, which goes only as it is: "
+                    "set it to 'none'"
+                )
             layer = paged_layer(cache, geometry.heads, geometry.head_size)
             self._layers[extract_layer_index(name)] = layer
 
@@ -237,7 +243,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         step = max(1, FRAME_BYTES_MAX // geometry.frame_bytes(1, geometry.heads))
         for first in range(save.first_token, save.end_token, step):
             tokens = min(step, save.end_token - first)
-            payload = _bytes_of(layer.read(save.block_ids, first, tokens))
+            payload, key_order = self._encoded(layer, save.block_ids, first, tokens)
             header = kv_pb2.FrameHeader(
                 transfer_id=save.send.transfer_id,
                 kv=kv_pb2.KvFrame(
@@ -246,11 +252,23 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
                     tokens=tokens,
                     first_head=geometry.first_head,
                     heads=geometry.heads,
-                    key_order=layer.key_order,  # type: ignore[arg-type]
+                    codec=self._endpoint.codec,
+                    key_order=key_order,  # type: ignore[arg-type]
                     checksum=checksum(payload),
                 ),
             )
             transfer.push(header, payload)
+
+    def _encoded(
+        self, layer: PagedLayer, block_ids: list[int], first: int, tokens: int
+    ) -> tuple[memoryview, int]:
+        """A payload, and the order of the keys in it."""
+        payload = layer.read(block_ids, first, tokens)
+        codec = group_codec(self._endpoint.codec)
+        if codec is None:
+            return _bytes_of(payload), layer.key_order
+        keys, values = layer.split(payload, layer.heads, tokens, layer.key_order)
+        return _bytes_of(codec.encode(keys, values)), kv_pb2.KEY_ORDER_TOKENS_CHANNELS
 
     def _adopt(
         self, load: Load, layer: PagedLayer, kv: kv_pb2.KvFrame, payload: memoryview
@@ -260,14 +278,20 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if end <= first:
             return
         first_head = kv.first_head - self._endpoint.inbox.geometry.first_head
+        codec, dtype = group_codec(kv.codec), layer.keys.dtype
+        if codec is None:
+            uncoded = torch.frombuffer(payload, dtype=dtype)
+            keys, values = layer.split(uncoded, kv.heads, kv.tokens, kv.key_order)
+        else:
+            coded = torch.frombuffer(payload, dtype=torch.uint8).to(layer.keys.device)
+            keys, values = codec.decode(coded, kv.heads, kv.tokens, layer.head_size, dtype)
         layer.write(
             load.block_ids,
             first,
             end - first,
-            torch.frombuffer(payload, dtype=layer.keys.dtype),
-            payload_first=kv.first_token,
-            payload_tokens=kv.tokens,
-            key_order=kv.key_order,
+            keys,
+            values,
+            parts_first=kv.first_token,
             heads=slice(first_head, first_head + kv.heads),
         )
 

@@ -6,10 +6,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from cluster.wire import worker_pb2
+from cluster.wire import kv_pb2, worker_pb2
 from workers.kv.inbox import Inbox
 from workers.kv.sender import Sender, Transfer
+
+if TYPE_CHECKING:
+    from cluster.wire.kv_pb2 import Codec
 
 ENDPOINT_KEY = "baton_endpoint"
 """Key of `kv_connector_extra_config` that names an endpoint of this process."""
@@ -21,6 +25,8 @@ _endpoints: dict[str, KvEndpoint] = {}
 class KvEndpoint:
     inbox: Inbox
     sender: Sender
+    codec: Codec = kv_pb2.CODEC_NONE
+    """How this end writes what it sends."""
     _sending: dict[str, Transfer] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

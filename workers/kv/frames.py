@@ -39,10 +39,15 @@ def checksum(payload: bytes | memoryview) -> int:
 
 
 def encode_frame(header: kv_pb2.FrameHeader, payload: bytes | memoryview = b"") -> bytes:
+    return b"".join((encode_header(header), payload))
+
+
+def encode_header(header: kv_pb2.FrameHeader) -> bytes:
+    """What comes before the payload."""
     encoded = header.SerializeToString()
     prefix = _PREFIX.pack(len(encoded), xxhash.xxh32_intdigest(encoded))
     padding = -(len(prefix) + len(encoded)) % ALIGNMENT_BYTES
-    return b"".join((prefix, encoded, bytes(padding), payload))
+    return b"".join((prefix, encoded, bytes(padding)))
 
 
 def decode_frame(message: bytes) -> Frame:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.wire import kv_pb2
+from workers.kv.codecs import GroupCodec, group_codec
 from workers.kv.frames import Frame
 
 
@@ -37,8 +38,10 @@ class KvGeometry:
     def bytes_per_token(self) -> int:
         return 2 * self.layers * self.heads * self.head_size * self.element_bytes
 
-    def frame_bytes(self, tokens: int, heads: int) -> int:
+    def frame_bytes(self, tokens: int, heads: int, codec: GroupCodec | None = None) -> int:
         """Bytes of one layer's keys and values."""
+        if codec is not None:
+            return codec.payload_bytes(tokens, heads, self.head_size)
         return 2 * tokens * heads * self.head_size * self.element_bytes
 
 
@@ -64,6 +67,7 @@ class _Transfer:
     first_frame_at_s: float = 0.0
     last_frame_at_s: float = 0.0
     bytes: int = 0
+    """What it takes of the budget: the payloads that came, and the rest as if it came uncoded."""
     missing_head_tokens: int = 0
     """Layer x head x token cells still to come."""
     frames: dict[int, list[Frame]] = field(default_factory=dict)
@@ -261,7 +265,9 @@ class Inbox:
     def _take_kv(self, transfer: _Transfer, frame: Frame) -> str:
         assert transfer.open is not None
         kv, geometry = frame.header.kv, self.geometry
-        if kv.codec != kv_pb2.CODEC_NONE:
+        try:
+            codec = group_codec(kv.codec)
+        except KeyError:
             return f"codec {kv.codec} is not known here"
         if kv.key_order not in kv_pb2.KeyOrder.values():
             return f"key order {kv.key_order} is not known here"
@@ -282,15 +288,20 @@ class Inbox:
                 f"KV heads {kv.first_head} to {kv.first_head + kv.heads}, "
                 f"this worker holds {geometry.first_head} to {last_head}"
             )
-        if len(frame.payload) != geometry.frame_bytes(kv.tokens, kv.heads):
-            return (
-                f"a payload of {len(frame.payload)} bytes where "
-                f"{geometry.frame_bytes(kv.tokens, kv.heads)} belong"
-            )
+        payload_bytes = geometry.frame_bytes(kv.tokens, kv.heads, codec)
+        if len(frame.payload) != payload_bytes:
+            return f"a payload of {len(frame.payload)} bytes where {payload_bytes} belong"
+        spared_bytes = geometry.frame_bytes(kv.tokens, kv.heads) - payload_bytes
+        if spared_bytes < 0:
+            return f"codec {kv.codec} makes KV of this shape larger"
+        if codec is not None and kv.key_order != kv_pb2.KEY_ORDER_TOKENS_CHANNELS:
+            return f"codec {kv.codec} with key order {kv.key_order}"
         present = transfer.frames.setdefault(kv.layer, [])
         if any(_overlap(kv, other.header.kv) for other in present):
             return f"layer {kv.layer}, tokens from {kv.first_token} arrived twice"
         present.append(frame)
+        transfer.bytes -= spared_bytes
+        self._bytes -= spared_bytes
         transfer.missing_head_tokens -= kv.tokens * kv.heads
         if transfer.missing_head_tokens == 0:
             transfer.state = TransferState.WHOLE

@@ -52,7 +52,7 @@ class PagedLayer:
             [heads, tokens, head_size].
         """
         payload = self.keys.new_empty(2 * self.heads * tokens * self.head_size)
-        keys, values = self._payload_views(payload, self.heads, tokens, self.key_order)
+        keys, values = self.split(payload, self.heads, tokens, self.key_order)
         for block, within, at in self._pieces(block_ids, first, tokens):
             keys[:, at].copy_(self.keys[block, :, within])
             values[:, at].copy_(self.values[block, :, within])
@@ -63,29 +63,26 @@ class PagedLayer:
         block_ids: Sequence[int],
         first: int,
         tokens: int,
-        payload: torch.Tensor,
-        payload_first: int,
-        payload_tokens: int,
-        key_order: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        parts_first: int,
         heads: slice,
     ) -> None:
         """Copy tokens [first, first + tokens) of a sequence into its blocks.
 
-        payload: as `read` returns it, for `payload_tokens` tokens from `payload_first` on and the
-            KV heads of the slice `heads`.
+        keys, values: [heads, tokens, head_size], for tokens from `parts_first` on and the KV heads
+            of the slice `heads`.
         """
-        head_count = heads.stop - heads.start
-        keys, values = self._payload_views(payload, head_count, payload_tokens, key_order)
-        skip = first - payload_first
+        skip = first - parts_first
         for block, within, at in self._pieces(block_ids, first, tokens):
             source = slice(at.start + skip, at.stop + skip)
             self.keys[block, heads, within].copy_(keys[:, source])
             self.values[block, heads, within].copy_(values[:, source])
 
-    def _payload_views(
+    def split(
         self, payload: torch.Tensor, heads: int, tokens: int, key_order: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views [heads, tokens, head_size] of a payload's keys and values."""
+        """Views [heads, tokens, head_size] of the keys and values in what `read` returned."""
         if key_order not in _KEY_ORDERS:
             raise UnknownLayout(f"key order {key_order} is not known")
         keys, values = payload.view(2, heads * tokens * self.head_size)

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import grpc
 
 from cluster.wire import GRPC_OPTIONS, kv_pb2, kv_pb2_grpc, worker_pb2
-from workers.kv.frames import encode_frame
+from workers.kv.frames import encode_header
 
 logger = logging.getLogger(__name__)
 
 PUSH_METHOD = "/baton.v1.KvInbox/Push"
 PAIR_DEADLINE_S = 5.0
+FRAME_BYTES_MAX = 2 << 20
+"""Of KV in one frame, before it is coded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,16 @@ class _Peer:
         return reply
 
 
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A frame that waits to be sent."""
+
+    header: bytes
+    payload: bytes | memoryview = b""
+    size_bytes: int = 0
+    """What it takes of the sender's bound."""
+
+
 class Transfer:
     """One prompt's KV on its way. `push` may block: staged bytes are bounded by the sender."""
 
@@ -64,7 +76,7 @@ class Transfer:
         self._sender = sender
         self._send = send
         # Bounded by the bytes that `Sender.stage` lets through.
-        self._frames: queue.SimpleQueue[tuple[bytes, int] | None] = queue.SimpleQueue()
+        self._frames: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
         self._deadline_at_s = time.monotonic() + deadline_s
         self._closed = False
         self._bytes = 0
@@ -77,24 +89,28 @@ class Transfer:
 
     def start(self, opened: kv_pb2.OpenTransfer) -> None:
         header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, open=opened)
-        self._frames.put((encode_frame(header), 0))
+        self._frames.put(_Staged(encode_header(header)))
         self._thread.start()
 
     def push(self, header: kv_pb2.FrameHeader, payload: memoryview) -> None:
-        """Stage one frame. A transfer that already ended takes it and forgets it."""
+        """Stage one frame. A transfer that already ended takes it and forgets it.
+
+        The payload is copied when gRPC asks for it: until then it must stay as it is.
+        """
         if self._closed or self.done.is_set():
             return
-        frame = encode_frame(header, payload)
-        if not self._sender.stage(len(frame), self._remaining_s(), self.done):
+        encoded = encode_header(header)
+        size_bytes = len(encoded) + len(payload)
+        if not self._sender.stage(size_bytes, self._remaining_s(), self.done):
             self.abort(f"{self._sender.max_staged_bytes} bytes are already waiting to be sent")
             return
         with self._lock:
             if self.done.is_set():
-                self._sender.unstage(len(frame))
+                self._sender.unstage(size_bytes)
                 return
-            self._staged += len(frame)
+            self._staged += size_bytes
             self._bytes += len(payload)
-        self._frames.put((frame, len(frame)))
+        self._frames.put(_Staged(encoded, payload, size_bytes))
 
     def finish(self) -> None:
         """All frames are pushed."""
@@ -107,7 +123,7 @@ class Transfer:
         if not self._closed:
             abort = kv_pb2.AbortTransfer(reason=reason)
             header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, abort=abort)
-            self._frames.put((encode_frame(header), 0))
+            self._frames.put(_Staged(encode_header(header)))
             self.finish()
 
     def join(self, timeout_s: float) -> None:
@@ -149,11 +165,12 @@ class Transfer:
                 return
             if staged is None:
                 return
-            frame, size_bytes = staged
-            yield frame
+            # Joined here and not when it was pushed: what waits is then in memory once, and each
+            # frame takes the memory that the one before has left warm.
+            yield b"".join((staged.header, staged.payload))
             # gRPC asks for the next frame when it has taken this one over.
             with self._lock:
-                size_bytes = min(size_bytes, self._staged)
+                size_bytes = min(staged.size_bytes, self._staged)
                 self._staged -= size_bytes
             self._sender.unstage(size_bytes)
 

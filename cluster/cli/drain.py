@@ -1,0 +1,85 @@
+"""`baton drain`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import click
+
+from cluster.cli.options import config_options, flags_given
+from cluster.config import BatonConfig, load_config
+from cluster.errors import one_line
+from cluster.membership import REDIS_ERRORS, DrainRequest, Membership, WorkerState, open_redis
+from cluster.run_file import running
+
+POLL_S = 0.25
+GONE_WITHIN_S = 30.0
+"""After the deadline, for the worker to end."""
+
+
+class Seconds(click.ParamType[float]):
+    name = "seconds"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            return float(str(value).removesuffix("s"))
+        except ValueError:
+            self.fail(f"{value!r} is not a number of seconds, such as 30 or 30s", param, ctx)
+
+
+@click.command()
+@click.argument("worker")
+@click.option(
+    "--deadline",
+    type=Seconds(),
+    default=30.0,
+    show_default="30s",
+    metavar="SECONDS",
+    help="time for running requests to end; then they go on elsewhere",
+)
+@config_options("name", "redis_url", "lease_s")
+def drain(worker: str, deadline: float, **flags: Any) -> None:
+    """Take WORKER out without losing a request, and start it anew.
+
+    It gets no new requests. Those running there end, or go on elsewhere when the deadline has
+    passed. The controller then starts the worker again, elsewhere if its node is gone.
+    """
+    config = load_config(flags_given(flags))
+    run = running(config.name)
+    redis_url = config.redis_url or (run.redis_url if run else None)
+    if redis_url is None:
+        raise click.ClickException(
+            f"no cluster named {config.name!r} runs here; for one elsewhere, give --redis-url"
+        )
+    try:
+        asyncio.run(_drain(config, redis_url, worker, deadline))
+    except REDIS_ERRORS as error:
+        raise click.ClickException(f"Redis at {redis_url}: {one_line(error)}") from error
+
+
+async def _drain(config: BatonConfig, redis_url: str, worker: str, deadline_s: float) -> None:
+    client = open_redis(redis_url)
+    membership = Membership(client, config.name, config.lease_s)
+    try:
+        records = {record.worker_id: record for record in await membership.workers()}
+        record = records.get(worker)
+        if record is None:
+            known = ", ".join(records) or "none"
+            raise click.ClickException(f"no worker named {worker!r}; there are: {known}")
+        if record.state is not WorkerState.READY:
+            raise click.ClickException(f"{worker} is {record.state}, not ready")
+        request = DrainRequest(record.incarnation, time.time() + deadline_s)
+        await membership.ask_drain(worker, request, deadline_s + GONE_WITHIN_S)
+        click.echo(f"{worker} drains, {deadline_s:g} s at most")
+        give_up_s = time.monotonic() + deadline_s + GONE_WITHIN_S
+        while any(r.incarnation == record.incarnation for r in await membership.workers()):
+            if time.monotonic() > give_up_s:
+                raise click.ClickException(
+                    f"{worker} still runs {GONE_WITHIN_S:g} s after its deadline"
+                )
+            await asyncio.sleep(POLL_S)
+        click.echo(f"{worker} is drained")
+    finally:
+        await client.aclose()

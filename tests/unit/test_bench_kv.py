@@ -1,0 +1,73 @@
+"""`baton bench kv`: the shape of its report, and that both ends run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from cluster.bench.kv import KvSettings, Sample, goals_of, run_kv, summary
+from cluster.bench.report import BenchFailed
+from cluster.cli.bench import bench
+
+GB = 10**9
+
+
+def samples(size_mb: int, grpc_s: float, socket_s: float) -> list[Sample]:
+    size = size_mb << 20
+    times = (("memcpy", 0, 0.01), ("socket", size, socket_s), ("grpc_none", size, grpc_s))
+    return [
+        Sample(way, size, wire, taken_s * factor)
+        for way, wire, taken_s in times
+        for factor in (1, 0.5, 3)
+    ]
+
+
+def test_the_report_has_medians_and_the_goal() -> None:
+    settings = KvSettings(sizes_mb=(256,), codecs=("none",), repeats=3)
+    report = json.loads(json.dumps(summary({"cores": 2}, settings, samples(256, 0.2, 0.1))))
+    assert list(report) == ["bench", "machine", "settings", "results", "goals"]
+    grpc = report["results"]["256"]["grpc_none"]
+    assert grpc == {
+        "gb_s": round((256 << 20) / 0.2 / GB, 3),
+        "ms": 200.0,
+        "wire_bytes": 256 << 20,
+        "of_socket": 0.5,
+    }
+    assert report["goals"] == [
+        {"name": "grpc_of_socket_256mb", "value": 0.5, "goal": 0.6, "met": False}
+    ]
+
+
+@pytest.mark.parametrize(("grpc_s", "met"), [(0.1, True), (0.166, True), (0.17, False)])
+def test_the_goal_is_a_share_of_the_plain_socket(grpc_s: float, met: bool) -> None:
+    settings = KvSettings(sizes_mb=(256,), codecs=("none",))
+    (goal,) = goals_of(summary({}, settings, samples(256, grpc_s, 0.1))["results"])
+    assert goal.met is met
+
+
+def test_without_the_large_hand_off_there_is_no_goal() -> None:
+    settings = KvSettings(sizes_mb=(1,), codecs=("none",))
+    assert summary({}, settings, samples(1, 0.2, 0.1))["goals"] == []
+
+
+def test_two_processes_hand_kv_over_in_every_way() -> None:
+    result = CliRunner().invoke(bench, ["kv", "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    for size in ("1", "4"):
+        ways = report["results"][size]
+        assert set(ways) == {"memcpy", "socket", "grpc_none", "grpc_fp8", "grpc_int8"}
+        assert all(way["gb_s"] > 0 for way in ways.values())
+        raw = int(size) << 20
+        assert ways["socket"]["wire_bytes"] == ways["grpc_none"]["wire_bytes"] == raw
+        # 128 channels of two bytes become one byte each and two scales of four.
+        assert ways["grpc_int8"]["wire_bytes"] == ways["grpc_fp8"]["wire_bytes"]
+        assert ways["grpc_int8"]["wire_bytes"] == raw * (128 + 2 * 4) // (128 * 2)
+
+
+def test_an_end_that_stops_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.bench.kv.PEER_MODULE", "tests.no_such_module")
+    with pytest.raises(BenchFailed, match="stopped"):
+        run_kv(KvSettings(sizes_mb=(1,)), lambda what: None)
