@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from cluster.cli.options import config_options, flags_given
+from cluster.cli.redis_of import redis_of
 from cluster.config import BatonConfig, load_config
 from cluster.errors import one_line
 from cluster.membership import REDIS_ERRORS, DrainRequest, Membership, WorkerState, open_redis
-from cluster.run_file import running
 
 POLL_S = 0.25
 GONE_WITHIN_S = 30.0
@@ -47,12 +47,7 @@ def drain(worker: str, deadline: float, **flags: Any) -> None:
     passed. The controller then starts the worker again, elsewhere if its node is gone.
     """
     config = load_config(flags_given(flags))
-    run = running(config.name)
-    redis_url = config.redis_url or (run.redis_url if run else None)
-    if redis_url is None:
-        raise click.ClickException(
-            f"no cluster named {config.name!r} runs here; for one elsewhere, give --redis-url"
-        )
+    redis_url = redis_of(config)
     try:
         asyncio.run(_drain(config, redis_url, worker, deadline))
     except REDIS_ERRORS as error:

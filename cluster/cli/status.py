@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.cli.options import config_options, flags_given
+from cluster.cli.redis_of import redis_of
 from cluster.config import load_config
 from cluster.errors import one_line
 from cluster.membership import (
@@ -22,7 +23,6 @@ from cluster.membership import (
     WorkerRecord,
     open_redis,
 )
-from cluster.run_file import running
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,12 +39,7 @@ class Status:
 def status(as_json: bool, **flags: Any) -> None:
     """Show the cluster's workers and routers. Exit code 1 when there is none."""
     config = load_config(flags_given(flags))
-    run = running(config.name)
-    redis_url = config.redis_url or (run.redis_url if run else None)
-    if redis_url is None:
-        raise click.ClickException(
-            f"no cluster named {config.name!r} runs here; for one elsewhere, give --redis-url"
-        )
+    redis_url = redis_of(config)
     try:
         found = asyncio.run(_read(config.name, redis_url, config.lease_s))
     except REDIS_ERRORS as error:
