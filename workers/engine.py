@@ -8,11 +8,10 @@ polling, and no request that waits for KV inside the scheduler holding blocks.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,17 +78,7 @@ class _Compiling:
 
 
 class EngineHost:
-    """`cpu_ids`: cores that its computing keeps to (empty: all). The threads that send and receive
-    are left free: tied to a core that computes, they would slow every prompt down."""
-
-    def __init__(
-        self,
-        vllm_config: Any,
-        endpoint: KvEndpoint,
-        listener: EngineListener,
-        cpu_ids: Sequence[int] = (),
-    ) -> None:
-        self._cpu_ids = cpu_ids
+    def __init__(self, vllm_config: Any, endpoint: KvEndpoint, listener: EngineListener) -> None:
         self._config = vllm_config
         self._endpoint = endpoint
         self._listener = listener
@@ -150,9 +139,6 @@ class EngineHost:
     # --- on the engine's thread ---------------------------------------------------------------
 
     def _run(self) -> None:
-        if self._cpu_ids:
-            # This thread and those that it starts, which are OpenMP's.
-            os.sched_setaffinity(0, self._cpu_ids)
         try:
             core = EngineCore(self._config, Executor.get_class(self._config), log_stats=True)
             self._core = core

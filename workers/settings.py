@@ -30,7 +30,7 @@ class WorkerSettings:
     port: int = 0
     accelerator: str = ""
     cpu_ids: list[int] = field(default_factory=list)
-    """Cores its computing keeps to; empty: all. vLLM's own choice puts every worker on the same."""
+    """Cores this worker keeps to; empty: all. vLLM's own choice puts every worker on the same."""
     handoff: HandoffSettings = HandoffSettings()
 
     # Membership; without a URL the worker is known only to whoever started it.

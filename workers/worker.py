@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
 import uuid
 import warnings
@@ -31,9 +30,6 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 2.0
 ENGINE_STOP_S = 10.0
-SWITCH_INTERVAL_S = 0.0002
-"""The engine's thread gets the interpreter back from a sending or receiving one after this time.
-Python's 5 ms, waited for between layers, would lengthen each prefill that hands its KV over."""
 ROUTERS_NOTICE_S = 1.5
 MOVE_GRACE_S = 3.0
 DRAIN_POLL_S = 0.1
@@ -63,7 +59,6 @@ class Worker:
         # Payloads are read where gRPC put them, and gRPC's bytes are read-only: so are our reads.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         keep_freed_memory()
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
         loop = asyncio.get_running_loop()
         endpoint_name = uuid.uuid4().hex
         registration = Registration(settings) if settings.redis_url else None
@@ -89,7 +84,7 @@ class Worker:
         )
         publish(endpoint_name, endpoint)
         service = WorkerService(loop)
-        engine = EngineHost(config, endpoint, service, settings.cpu_ids)
+        engine = EngineHost(config, endpoint, service)
         await loop.run_in_executor(None, engine.start)
 
         server = grpc.aio.server(options=GRPC_OPTIONS)
