@@ -39,13 +39,13 @@ from cluster.node_placement import (
     WorkerPlacement,
     place,
 )
+from cluster.ray_calls import NAMESPACE, awaited
 from cluster.roofline import ModelShape
 from cluster.scheduler.view import Pool
 
 logger = logging.getLogger(__name__)
 
 WORKER_ACTOR = "workers.actor:WorkerActor"
-NAMESPACE = "baton"
 RECONCILE_EVERY_S = 0.5
 PLACE_DEADLINE_S = 60.0
 ANSWER_DEADLINE_S = 3.0
@@ -228,7 +228,7 @@ class Controller:
         slot.group = placement_group(
             [bundle], strategy="STRICT_PACK", _soft_target_node_id=slot.placement.node_id
         )
-        await asyncio.wait_for(_awaited(slot.group.ready()), PLACE_DEADLINE_S)
+        await asyncio.wait_for(awaited(slot.group.ready()), PLACE_DEADLINE_S)
         actor_class = ray.remote(_import(WORKER_ACTOR))
         slot.actor = actor_class.options(
             name=f"{self._settings.cluster}/{slot.worker_id}/{slot.incarnation}",
@@ -242,7 +242,7 @@ class Controller:
         ).remote()
         await self._record(slot, WorkerState.STARTING)
         index, count = self._share(slot)
-        return str(await _awaited(slot.actor.run.remote(self._worker_settings(slot), index, count)))
+        return str(await awaited(slot.actor.run.remote(self._worker_settings(slot), index, count)))
 
     def _worker_settings(self, slot: _Slot) -> str:
         assert slot.placement is not None
@@ -276,7 +276,7 @@ class Controller:
             # A worker that does not even answer is still importing or loading, or hangs: it has
             # nothing to finish, and is killed below.
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(_awaited(slot.actor.stop.remote()), ANSWER_DEADLINE_S)
+                await asyncio.wait_for(awaited(slot.actor.stop.remote()), ANSWER_DEADLINE_S)
                 await asyncio.wait_for(asyncio.shield(slot.task), STOP_DEADLINE_S)
         if slot.task is not None:
             slot.task.cancel()
@@ -331,7 +331,7 @@ async def start_controller(
         )
         .remote(settings.to_json())
     )
-    await _awaited(actor.start.remote(prefill, decode))
+    await awaited(actor.start.remote(prefill, decode))
     return actor
 
 
@@ -378,11 +378,6 @@ def model_shape(model: str) -> ModelShape:
 def _import(path: str) -> Any:
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)
-
-
-async def _awaited(ref: Any) -> Any:
-    """An ObjectRef as a coroutine, which asyncio.wait_for can bound."""
-    return await ref
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -31,6 +31,7 @@ from cluster.membership import (
     WorkerState,
     open_redis,
 )
+from cluster.ray_calls import NAMESPACE, awaited
 from cluster.run_file import RunFile, run_file_path, running
 
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -40,7 +41,6 @@ MEMORY_PER_CPU_WORKER_BYTES = 2 << 30
 """A vLLM process on CPU takes 1.7 GB beside weights and KV (measured, vLLM 0.32)."""
 OBJECT_STORE_BYTES = 100 << 20
 """Ray's smallest object store: Baton passes no objects through Ray."""
-RAY_NAMESPACE = "baton"
 PR_SET_CHILD_SUBREAPER = 36
 """From linux/prctl.h."""
 POLL_S = 0.25
@@ -92,7 +92,7 @@ class Supervisor:
     ) -> None:
         if self._controller is not None and not self.config.keep_workers:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(_awaited(self._controller.stop.remote()), STOP_DEADLINE_S)
+                await asyncio.wait_for(awaited(self._controller.stop.remote()), STOP_DEADLINE_S)
         if self._router is not None and self._router.poll() is None:
             self._router.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -275,12 +275,12 @@ class Supervisor:
         config = self.config
         if config.ray_address is not None:
             self._report(Progress("ray", "joining", config.ray_address))
-            ray.init(address=config.ray_address, namespace=RAY_NAMESPACE, **quiet)
+            ray.init(address=config.ray_address, namespace=NAMESPACE, **quiet)
         else:
             self._report(Progress("ray", "starting"))
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             self._start_local_ray()
-            ray.init(address=self._ray_cluster.address, namespace=RAY_NAMESPACE, **quiet)
+            ray.init(address=self._ray_cluster.address, namespace=NAMESPACE, **quiet)
         self._report(Progress("ray", "ready"))
 
     def _start_local_ray(self) -> None:
@@ -515,8 +515,3 @@ def _ray_node(node: LocalNode) -> dict[str, Any]:
         "num_gpus": node.gpus,
         "resources": resources,
     }
-
-
-async def _awaited(ref: Any) -> Any:
-    """An ObjectRef as a coroutine, which asyncio.wait_for can bound."""
-    return await ref

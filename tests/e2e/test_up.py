@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def up(folder: Path, *arguments: str) -> Iterator[Up]:
         process.stop()
 
 
-def wait_until(condition, within_s: float, process: Process) -> None:  # type: ignore[no-untyped-def]
+def wait_until(condition: Callable[[], bool], within_s: float, process: Process) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, process.output()
