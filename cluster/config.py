@@ -110,6 +110,11 @@ class BatonConfig(BaseSettings):
         gt=0.3,
         description="silence after which a member is gone; a router looks twice a second",
     )
+    stuck_after_s: float = Field(
+        30,
+        gt=0,
+        description="time without a step, or without a lease, after which a worker starts anew",
+    )
     start_deadline_s: float = Field(600, gt=0, description="time for all workers to be ready")
     keep_workers: bool = Field(
         False,

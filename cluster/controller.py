@@ -52,7 +52,8 @@ ANSWER_DEADLINE_S = 3.0
 STOP_DEADLINE_S = 15.0
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 1.0, 60.0
 HEALTHY_AFTER_S = 60.0
-"""A worker that ran this long starts over with the first back-off."""
+"""A worker that served this long, and was not stuck meanwhile, starts over with the first
+back-off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class ControllerSettings:
     cluster: str
     redis_url: str
     lease_s: float
+    stuck_after_s: float
     model_path: str
     vllm_args: list[str]
     tensor_parallel: int
@@ -89,7 +91,11 @@ class _Slot:
     node: str = ""
     task: asyncio.Task[None] | None = None
     starts: int = 0
-    started_at_s: float = 0.0
+    ready_at_s: float = 0.0
+    """0 until it was seen ready."""
+    seen_at_s: float = 0.0
+    """When it last had its lease."""
+    lapsed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     retry_at_s: float = 0.0
     failure: str = ""
     placement: WorkerPlacement | None = None
@@ -139,11 +145,35 @@ class Controller:
                 if desired is not None:
                     self._desired = desired
             try:
+                await self._look()
                 await self._reconcile()
             except Exception as error:
                 logger.exception("reconciling failed")
                 self._problem = one_line(error)
             await asyncio.sleep(RECONCILE_EVERY_S)
+
+    async def _look(self) -> None:
+        """Notice who serves, and who has stopped to without ending: a frozen process, or one that
+        is cut off."""
+        now = time.monotonic()
+        try:
+            records = {record.incarnation: record for record in await self._membership.workers()}
+        except REDIS_ERRORS:
+            # Leases say nothing.
+            for slot in self._slots.values():
+                slot.seen_at_s = now
+            return
+        for slot in self._slots.values():
+            if slot.task is None:
+                if slot.failure not in ("", DRAINED):
+                    # It waits out its back-off: a record holds for one lease only.
+                    await self._record(slot, WorkerState.FAILED, slot.failure)
+            elif record := records.get(slot.incarnation):
+                slot.seen_at_s = now
+                if record.state is WorkerState.READY:
+                    slot.ready_at_s = slot.ready_at_s or now
+            elif slot.ready_at_s and now - slot.seen_at_s > self._settings.stuck_after_s:
+                slot.lapsed.set()
 
     async def _reconcile(self) -> None:
         wanted = {f"prefill-{i}": Pool.PREFILL for i in range(self._desired.prefill)}
@@ -184,7 +214,8 @@ class Controller:
             slot.node = addresses[placement.node_id]
             slot.starts += 1
             slot.incarnation = uuid.uuid4().hex[:12]
-            slot.started_at_s = time.monotonic()
+            slot.ready_at_s = 0.0
+            slot.lapsed.clear()
             slot.task = asyncio.create_task(self._live(slot), name=slot.worker_id)
 
     def _needs(self) -> WorkerNeeds:
@@ -208,8 +239,8 @@ class Controller:
             logger.info("%s is drained and starts anew", slot.worker_id)
             slot.starts, slot.task = 0, None
             return
-        lived_s = time.monotonic() - slot.started_at_s
-        if lived_s > HEALTHY_AFTER_S:
+        served_s = time.monotonic() - slot.ready_at_s if slot.ready_at_s else 0.0
+        if served_s > HEALTHY_AFTER_S + self._settings.stuck_after_s:
             slot.starts = 1
         backoff_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (slot.starts - 1))
         logger.error("%s ended, next try in %g s: %s", slot.worker_id, backoff_s, slot.failure)
@@ -242,7 +273,19 @@ class Controller:
         ).remote()
         await self._record(slot, WorkerState.STARTING)
         index, count = self._share(slot)
-        return str(await awaited(slot.actor.run.remote(self._worker_settings(slot), index, count)))
+        run = asyncio.ensure_future(
+            awaited(slot.actor.run.remote(self._worker_settings(slot), index, count))
+        )
+        lapsed = asyncio.create_task(slot.lapsed.wait())
+        try:
+            await asyncio.wait({run, lapsed}, return_when=asyncio.FIRST_COMPLETED)
+            if run.done():
+                return str(run.result())
+            return f"it gave no sign of life for {self._settings.stuck_after_s:g} s"
+        finally:
+            run.cancel()
+            lapsed.cancel()
+            await asyncio.gather(run, lapsed, return_exceptions=True)
 
     def _worker_settings(self, slot: _Slot) -> str:
         assert slot.placement is not None
@@ -258,6 +301,7 @@ class Controller:
                 "redis_url": settings.redis_url,
                 "cluster": settings.cluster,
                 "lease_s": settings.lease_s,
+                "stuck_after_s": settings.stuck_after_s,
                 "pool": slot.pool.value,
                 "node": slot.placement.node_id[:8],
                 "placement_reason": slot.placement.reason,

@@ -324,6 +324,7 @@ class Supervisor:
             cluster=config.name,
             redis_url=self._redis_url,
             lease_s=config.lease_s,
+            stuck_after_s=config.stuck_after_s,
             model_path=config.model_path,
             vllm_args=args,
             tensor_parallel=tensor_parallel(args),

@@ -298,8 +298,6 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                 self._on_adopted(worker, message.adopted)
             case "utility":
                 self._on_reply(worker, message.utility)
-            case "failed":
-                logger.error("the engine of %s failed: %s", worker.key, message.failed.message)
 
     def _on_outputs(self, worker: ConnectedWorker, outputs: EngineCoreOutputs) -> None:
         # Workers' clocks are their own; the front end takes differences against this process's.

@@ -67,6 +67,9 @@ class WorkerLink:
         reason = "it closed the stream"
         try:
             async for message in self._stub.Engine(self._requests()):
+                if message.HasField("failed"):
+                    reason = f"its engine failed: {message.failed.message}"
+                    break
                 self._on_message(message)
         except asyncio.CancelledError:
             if self._reader is None:

@@ -125,7 +125,12 @@ class Cluster:
     handoff: dict[str, Any] = field(default_factory=dict)
 
     def start_worker(
-        self, worker_id: str, pool: str, cpu_ids: list[int], module: str = "workers"
+        self,
+        worker_id: str,
+        pool: str,
+        cpu_ids: list[int],
+        module: str = "workers",
+        **settings: Any,
     ) -> Process:
         values = {
             "worker_id": worker_id,
@@ -135,6 +140,7 @@ class Cluster:
             "redis_url": self.redis_url,
             "pool": pool,
             "handoff": self.handoff,
+            **settings,
         }
         command = [sys.executable, "-m", module, json.dumps(values)]
         process = spawn(worker_id, command, self.folder, {**QUIET, **self.environment})

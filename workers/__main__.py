@@ -11,6 +11,7 @@ import signal
 import sys
 from typing import Any
 
+from cluster.errors import ERROR_PREFIX
 from cluster.logs import configure_logs
 from workers.environment import prepare_environment
 from workers.settings import WorkerSettings
@@ -31,6 +32,8 @@ async def serve(settings: WorkerSettings) -> None:
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     await worker.stop()
+    if worker.service.failed.done():
+        sys.exit(f"{ERROR_PREFIX}{worker.service.failed.result()}")
 
 
 def main() -> None:

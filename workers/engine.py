@@ -88,6 +88,10 @@ class EngineHost:
         self._waiting: dict[str, _Waiting] = {}
         self._compiling: list[_Compiling] = []
         self._stopping = False
+        self.turns = 0
+        """Turns of the loop in which nothing was due or something was done. Told without a lock."""
+        self.steps = 0
+        """Of them, those that ran the model."""
         self._next_sweep_s = 0.0
         self._started = threading.Event()
         self._error: BaseException | None = None
@@ -162,9 +166,15 @@ class EngineHost:
         self._expire()
         self._release_compiled()
         if not (core.scheduler.has_requests() or core.batch_queue):
+            self.turns += 1
             return
         outputs, executed = core.step_fn()
         core.post_step(executed)
+        self.steps += executed
+        # Only running requests must get on: the others may wait for a grammar, or for the operator
+        # who paused the engine.
+        running = core.scheduler.get_request_counts()[0] and not core.is_scheduler_paused()
+        self.turns += executed or not running
         if outputs:
             load = self.load()
             for client, client_outputs in outputs.items():

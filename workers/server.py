@@ -46,6 +46,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._next_client = 0
         self._encoder = MsgpackEncoder()
         self.failed: asyncio.Future[str] = loop.create_future()
+        self.stuck = False
         self.description = worker_pb2.WorkerDescription()
         self.engine: EngineHost | None = None
 
@@ -59,6 +60,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         request: worker_pb2.DescribeRequest,
         context: grpc.aio.ServicerContext[worker_pb2.DescribeRequest, worker_pb2.WorkerDescription],
     ) -> worker_pb2.WorkerDescription:
+        if self.failed.done():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, self.failed.result())
         return self.description
 
     async def Engine(  # noqa: N802 - gRPC's name
@@ -127,6 +130,12 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def on_failed(self, message: str) -> None:
         self._loop.call_soon_threadsafe(self._fail, message)
+
+    def on_stuck(self, reason: str) -> None:
+        """Called on the event loop: the engine's thread will say nothing more."""
+        logger.error(reason)
+        self.stuck = True
+        self._fail(reason)
 
     # --- on the event loop ----------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ class WorkerSettings:
     cpu_ids: list[int] = field(default_factory=list)
     """Cores this worker keeps to; empty: all. vLLM's own choice puts every worker on the same."""
     handoff: HandoffSettings = HandoffSettings()
+    stuck_after_s: float = 30.0
+    """An engine that does nothing for this long while requests wait has to go."""
 
     # Membership; without a URL the worker is known only to whoever started it.
     redis_url: str = ""

@@ -15,6 +15,7 @@ import grpc.aio
 from cluster.membership import WorkerState
 from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
 from workers.engine import EngineHost
+from workers.health import until_stuck
 from workers.kv.codecs import CODECS
 from workers.kv.endpoint import KvEndpoint, publish, withdraw
 from workers.kv.inbox import Inbox
@@ -44,6 +45,7 @@ class Worker:
     server: grpc.aio.Server
     endpoint_name: str
     registration: Registration | None
+    watch: asyncio.Task[None] | None = None
 
     @property
     def description(self) -> worker_pb2.WorkerDescription:
@@ -100,7 +102,9 @@ class Worker:
         await server.start()
         if registration:
             registration.update(WorkerState.READY, address)
-        return cls(settings, service, engine, endpoint, server, endpoint_name, registration)
+        worker = cls(settings, service, engine, endpoint, server, endpoint_name, registration)
+        worker.watch = asyncio.create_task(worker._watch(), name="watchdog")
+        return worker
 
     async def drained(self) -> None:
         """Returns when the worker was asked to drain and nothing runs on it any more, or when
@@ -115,12 +119,23 @@ class Worker:
         while self.service.requests and time.time() < last_s:
             await asyncio.sleep(DRAIN_POLL_S)
 
+    async def _watch(self) -> None:
+        self.service.on_stuck(
+            await until_stuck(self.service, self.engine, self.settings.stuck_after_s)
+        )
+
     async def stop(self) -> None:
+        if self.watch:
+            self.watch.cancel()
+            await asyncio.gather(self.watch, return_exceptions=True)
         if self.registration:
             await self.registration.close()
         await self.server.stop(STOP_GRACE_S)
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, self.engine.stop, ENGINE_STOP_S)
+        # A stuck one is left to the end of the process.
+        await loop.run_in_executor(
+            None, self.engine.stop, 0 if self.service.stuck else ENGINE_STOP_S
+        )
         await loop.run_in_executor(None, self.endpoint.sender.close)
         withdraw(self.endpoint_name)
 

@@ -94,7 +94,7 @@ def short_tmp() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def running(short_tmp: Path) -> Iterator[Up]:
-    with up(short_tmp) as started:
+    with up(short_tmp, "--stuck-after-s", "8") as started:
         yield started
 
 
@@ -184,11 +184,12 @@ def test_dashboard_shows_the_workers(running: Up) -> None:
     assert [w["state"] for w in state["workers"]] == ["ready", "ready"]
 
 
-def test_killed_worker_comes_back(running: Up) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_killed_or_frozen_worker_comes_back(running: Up, signum: signal.Signals) -> None:
     """The controller starts it again, and requests go on meanwhile."""
     workers = json.loads(running.command("status", "--json").stdout)["workers"]
     victim = next(w for w in workers if w["worker_id"] == "decode-0")
-    os.kill(victim["pid"], signal.SIGKILL)
+    os.kill(victim["pid"], signum)
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
     prompt, answer = recall_prompt(random.Random(2), 10)
     completion = client.completions.create(model=BUNDLED_MODEL_NAME, prompt=prompt, temperature=0)
@@ -204,6 +205,7 @@ def test_killed_worker_comes_back(running: Up) -> None:
         )
 
     wait_until(back, READY_WITHIN_S, running.process)
+    wait_until(lambda: not is_alive(victim["pid"]), GONE_WITHIN_S, running.process)
     wait_until(
         lambda: metrics(running.url)['baton_workers{pool="decode"}'] == 1,
         READY_WITHIN_S,
@@ -263,6 +265,12 @@ def test_drain_of_every_worker_under_load_fails_no_request(running: Up) -> None:
             thread.join(60)
     assert not wrong
     assert len(asked) > 20
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return (Path("/proc") / str(pid) / "stat").read_text().split(") ")[-1][0] not in "ZX"
+    return False
 
 
 def ready_workers(running: Up) -> int:

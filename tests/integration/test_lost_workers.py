@@ -8,11 +8,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.integration.hanging_worker import HANG_FILE
 from tests.integration.test_equal_to_plain_vllm import ask, prompt_of
 from tests.processes import Cluster, metrics, running_cluster, wait_for_workers
 
@@ -113,6 +115,32 @@ def test_stream_survives_a_frozen_worker(mortal: Cluster, plain: str) -> None:
     after = metrics(mortal.url)
     placed = {name: value for name, value in after.items() if "placements_total" in name}
     assert after["baton_handoffs_started_total"] == before + 1, placed
+
+
+def test_stream_survives_a_stuck_engine(mortal: Cluster, plain: str, tmp_path: Path) -> None:
+    """Its process lives, keeps its lease and answers, but its engine does no step any more."""
+    hang = tmp_path / "hang"
+    mortal.environment[HANG_FILE] = str(hang)
+    mortal.workers.pop(next(n for n in mortal.workers if n.startswith("decode"))).stop()
+    sick = mortal.start_worker(
+        "decode-150", "decode", [1], "tests.integration.hanging_worker", stuck_after_s=3.0
+    )
+    wait_for_workers(mortal, 2)
+    body = {"model": "m", "prompt": prompt_of(90, 9055), "max_tokens": 180, "ignore_eos": True}
+    body["temperature"] = 0
+    expected = ask(plain, "/v1/completions", body)[1]["choices"][0]["text"]
+    reader = Reader(mortal.url, body)
+    reader.start()
+    reader.wait_for_tokens(20)
+    hang.touch()
+    reader.join(60)
+    assert reader.closed and reader.events[-1] == "data: [DONE]"
+    assert reader.text == expected
+    mortal.workers.pop("decode-150")
+    assert sick.popen.wait(60) == 1
+    assert "the engine is stuck: no step for 3 s" in sick.output()
+    mortal.start_worker("decode-151", "decode", [1])
+    wait_for_workers(mortal, 2)
 
 
 def test_requests_survive_the_death_of_their_prefill_worker(mortal: Cluster, plain: str) -> None:
