@@ -17,6 +17,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from cluster.scheduler.handover import HandOver
 from cluster.scheduler.policies import DEFAULT, policy_names
 
 CONFIG_FILE = "baton.yaml"
@@ -40,6 +41,10 @@ class HandoffConfig(BaseModel):
         10, gt=0, description="time a decode leg waits for its KV before it recomputes the prompt"
     )
     idle_s: float = Field(30, gt=0, description="time after which an untouched transfer is dropped")
+    when: HandOver = Field(
+        "always",
+        description="'cheaper': a prompt is computed where it decodes if that should cost less",
+    )
     codec: Literal["none", "fp8", "int8"] = Field(
         "none", description="how KV is written on the wire: exact, or in one byte a channel"
     )

@@ -261,6 +261,7 @@ class Supervisor:
             "policy": config.policy,
             "local_prompt_tokens": config.local_prompt_tokens,
             "queue_threshold_tokens": config.queue_threshold_tokens,
+            "hand_over": config.handoff.when,
             "queue_deadline_s": config.queue_deadline_s,
             "adopt_deadline_s": config.handoff.adopt_deadline_s,
         }

@@ -165,6 +165,8 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             model=description.fingerprint.SerializeToString(deterministic=True).hex(),
             max_model_len_tokens=description.max_model_len_tokens,
             kv_tokens=description.kv_blocks * description.block_size_tokens,
+            kv_bytes_per_token=description.kv_bytes_per_token,
+            inbox_bytes_max=description.inbox_bytes_max,
         )
         self._carry_out(self.scheduler.on_worker_up(view))
         self._worker_up.set()
@@ -292,7 +294,9 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             case "outputs":
                 worker.load = message.outputs.load
                 load = message.outputs.load
-                self.scheduler.on_load(worker.key, load.running, load.waiting, load.kv_usage)
+                self.scheduler.on_load(
+                    worker.key, load.running, load.waiting, load.kv_usage, load.inbox_bytes
+                )
                 self._on_outputs(worker, self._decoder.decode(list(message.outputs.outputs)))
             case "adopted":
                 self._on_adopted(worker, message.adopted)
@@ -304,6 +308,14 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         now = self._clock()
         step_ended_s, outputs.timestamp = outputs.timestamp, now
         shift_s = now - step_ended_s
+        self.scheduler.on_step(
+            worker.key,
+            now,
+            {
+                output.request_id: output.prefill_stats and output.prefill_stats.num_computed_tokens
+                for output in outputs.outputs
+            },
+        )
         delivered: list[EngineCoreOutput] = []
         for output in outputs.outputs:
             life = self.scheduler.life_of_leg(output.request_id)
@@ -337,7 +349,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             self._outputs.put_nowait(outputs)
 
     def _on_adopted(self, worker: ConnectedWorker, adopted: worker_pb2.Adopted) -> None:
-        life = self.scheduler.on_adopted(adopted.request_id, adopted.handed_over)
+        life = self.scheduler.on_adopted(adopted.request_id, adopted.handed_over, adopted.exposed_s)
         request_id = life.ask.request_id if life else adopted.request_id
         sender = str(life.placement.prefill) if life and life.placement else ""
         self.tally.handoff_ended(adopted, request_id, sender, str(worker.key))

@@ -57,7 +57,11 @@ async def run_router(settings: RouterSettings) -> None:
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     metrics = RouterMetrics(REGISTRY)
     policies = Policies(
-        PolicyOptions(settings.local_prompt_tokens, settings.queue_threshold_tokens)
+        PolicyOptions(
+            settings.local_prompt_tokens,
+            settings.queue_threshold_tokens,
+            hand_over=settings.hand_over,
+        )
     )
     scheduler = Scheduler(
         policies.get(settings.policy),

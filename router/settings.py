@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from cluster.scheduler.handover import HandOver
+
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
@@ -21,6 +23,8 @@ class RouterSettings:
     policy: str
     local_prompt_tokens: int
     queue_threshold_tokens: int
+    hand_over: HandOver
+    """What `handoff.when` says."""
     queue_deadline_s: float
     adopt_deadline_s: float
 

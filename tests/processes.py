@@ -160,6 +160,7 @@ class Cluster:
             "policy": "splitwise",
             "local_prompt_tokens": 0,
             "queue_threshold_tokens": 8192,
+            "hand_over": "always",
             "queue_deadline_s": 3.0,
             "adopt_deadline_s": 10.0,
             **self.router_settings,

@@ -160,6 +160,7 @@ def _describe(
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         kv_bytes_per_token=endpoint.inbox.geometry.bytes_per_token,
+        inbox_bytes_max=settings.handoff.inbox_bytes,
         supported_tasks=list(engine.core.get_supported_tasks()),
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import ClassVar, Protocol
 
+from cluster.scheduler.handover import HandOverRule
 from cluster.scheduler.view import ClusterView, Pools, WorkerKey, WorkerView
 
 
@@ -65,12 +66,9 @@ class Pick:
 class PairPolicy(ABC):
     """Picks the prefill worker, then a decode worker of its model. What all such policies have in
     common is here: the cases in which nothing is handed over.
-
-    `local_prompt_tokens`: prompts up to this length go straight to the decode worker; handing
-    their KV over would cost more than it saves.
     """
 
-    local_prompt_tokens: int
+    rule: HandOverRule
     reason: ClassVar[str]
     """What is told of a placement that was nothing special."""
 
@@ -82,9 +80,10 @@ class PairPolicy(ABC):
         """`pools` are of the model of `prefill`, if that is given."""
 
     def place(self, ask: Ask, view: ClusterView) -> Placement | None:
-        pools = view.pools(ask.tokens_to_compute)
+        tokens = ask.tokens_to_compute
+        pools = view.pools(tokens)
         decodes = ask.can_hand_over and ask.max_tokens > 1
-        if decodes and ask.tokens_to_compute <= self.local_prompt_tokens:
+        if decodes and tokens <= self.rule.local_prompt_tokens:
             local = self.pick_decode(ask, pools, None)
             if local is None:
                 return None
@@ -99,7 +98,11 @@ class PairPolicy(ABC):
         decode = self.pick_decode(ask, peers, prefill)
         assert decode is not None, "a prefill worker can decode, too"
         reason = prefill.reason or decode.reason or self.reason
-        if decode.worker is prefill.worker and peers.count == 1:
+        if decode.worker is not prefill.worker:
+            stays = self.rule.stays(tokens, prefill.worker, decode.worker)
+            if stays:
+                return _stay(decode, stays, lends_decode=decode.lends)
+        elif peers.count == 1:
             reason = "one worker only" if pools.count == 1 else "no decode worker"
         return Placement(prefill.worker.key, decode.worker.key, reason, prefill.lends, decode.lends)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from cluster.scheduler.life import Action, CancelLeg, DropTransfer, Finish, Life, Phase
 from cluster.scheduler.policy import Ask, PlacementPolicy
+from cluster.scheduler.rates import Rates
 from cluster.scheduler.view import ClusterView, WorkerKey, WorkerView
 
 ATTEMPTS_MAX = 4
 """Placements a request gets before it fails: one that kills workers must not kill them all."""
+FADE_EVERY_S = 1.0
 
 
 @dataclass(slots=True)
@@ -23,6 +25,7 @@ class _Charge:
     decode_tokens: int
     lends_prefill: bool
     lends_decode: bool
+    since_s: float
 
 
 @dataclass(slots=True)
@@ -40,6 +43,11 @@ class Scheduler:
     _charges: dict[str, _Charge] = field(default_factory=dict)
     _queue: dict[str, float] = field(default_factory=dict)
     """Since when who waits, the longest first."""
+    _rates: Rates = field(default_factory=Rates)
+    """All workers'."""
+    _now_s: float = 0.0
+    """The latest time heard of."""
+    _faded_at_s: float = 0.0
 
     @property
     def queued(self) -> int:
@@ -51,6 +59,7 @@ class Scheduler:
     def on_arrival(
         self, ask: Ask, now_s: float, policy: PlacementPolicy | None = None
     ) -> list[Action]:
+        self._now_s = now_s
         life = self.lives[ask.request_id] = Life(ask, policy)
         actions = self._place(life)
         if actions is not None:
@@ -90,10 +99,15 @@ class Scheduler:
     def policy_of(self, life: Life) -> PlacementPolicy:
         return life.policy or self.policy
 
-    def on_adopted(self, leg_id: str, handed_over: bool) -> Life | None:
+    def on_adopted(self, leg_id: str, handed_over: bool, exposed_s: float = 0.0) -> Life | None:
+        """`exposed_s`: what the decode leg waited for its KV, or in vain."""
         life = self._by_leg.get(leg_id)
         if life is not None:
             life.on_adopted(handed_over)
+            charge = self._charges[life.ask.request_id]
+            if decode := self.view.workers.get(charge.decode):
+                kv_bytes = charge.prompt_tokens * decode.kv_bytes_per_token
+                decode.rates.exposed.learn(kv_bytes, exposed_s)
         return life
 
     def on_abort(self, request_id: str) -> list[Action]:
@@ -103,6 +117,7 @@ class Scheduler:
     # --- workers ------------------------------------------------------------------------------
 
     def on_worker_up(self, worker: WorkerView) -> list[Action]:
+        worker.rates = self._rates.of_one()
         self.view.workers[worker.key] = worker
         return self._place_queued()
 
@@ -126,16 +141,42 @@ class Scheduler:
             actions.extend(self._move(life, now_s))
         return actions
 
-    def on_load(self, key: WorkerKey, running: int, waiting: int, kv_usage: float) -> None:
+    def on_load(
+        self, key: WorkerKey, running: int, waiting: int, kv_usage: float, inbox_bytes: int = 0
+    ) -> None:
         worker = self.view.workers.get(key)
         if worker is not None:
             worker.reported_running = running
             worker.reported_waiting = waiting
             worker.reported_kv_usage = kv_usage
+            worker.reported_inbox_bytes = inbox_bytes
+
+    def on_step(self, key: WorkerKey, now_s: float, legs: Mapping[str, int | None]) -> None:
+        """A worker's engine step is done: what it tells of the worker's speed. To be told before
+        the step's outputs. `legs`: those that it has an output of, with the prompt tokens that were
+        computed for it, if that is known and this is its first output."""
+        self._now_s = now_s
+        worker = self.view.workers.get(key)
+        if worker is None:
+            return
+        prefilled, since_s = 0, now_s
+        for leg_id, computed_tokens in legs.items():
+            life = self._by_leg.get(leg_id)
+            if life is None or life.phase is not Phase.PREFILLING:
+                continue
+            charge = self._charges[life.ask.request_id]
+            tokens = charge.prompt_tokens if computed_tokens is None else computed_tokens
+            prefilled, since_s = prefilled + tokens, min(since_s, charge.since_s)
+        worker.rates.saw_step(now_s, legs, prefilled, since_s)
 
     def on_tick(self, now_s: float) -> list[Action]:
         """Place what waits, for a worker may have stopped draining. Give up on what waited too
         long."""
+        if now_s - self._faded_at_s >= FADE_EVERY_S:
+            self._faded_at_s = now_s
+            for rates in (self._rates, *(worker.rates for worker in self.view.workers.values())):
+                rates.exposed.fade()
+        self._now_s = now_s
         actions = self._place_queued()
         late = [r for r, since_s in self._queue.items() if now_s - since_s > self.queue_deadline_s]
         for request_id in late:
@@ -171,6 +212,7 @@ class Scheduler:
             decode_tokens=tokens,
             lends_prefill=placement.lends_prefill,
             lends_decode=placement.lends_decode,
+            since_s=self._now_s,
         )
         return actions
 

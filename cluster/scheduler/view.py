@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cluster.scheduler.rates import Rates
+
 
 class Pool(enum.StrEnum):
     """A label the scheduler gives: every worker can do both kinds of work."""
@@ -34,6 +36,10 @@ class WorkerView:
     kv_tokens: int
     """Tokens that its KV cache holds."""
     draining: bool = False
+    kv_bytes_per_token: int = 0
+    inbox_bytes_max: int = 0
+    """Of KV that may wait there for its decode leg; 0: not known."""
+    rates: Rates = field(default_factory=Rates, compare=False)
 
     # What this router placed there and has not seen done.
     pending_prompt_tokens: int = 0
@@ -50,11 +56,18 @@ class WorkerView:
     reported_running: int = 0
     reported_waiting: int = 0
     reported_kv_usage: float = 0.0
+    reported_inbox_bytes: int = 0
 
     @property
     def mixed(self) -> bool:
         """It keeps its label, and is back in its pool when it has no more of the other's work."""
         return self.lent > 0
+
+    @property
+    def prefill_wait_s(self) -> float:
+        """Until it has computed the prompts that are there."""
+        pending = self.pending_prompt_tokens
+        return self.rates.prefill.predict_s(pending) if pending else 0.0
 
     @property
     def kv_load(self) -> float:

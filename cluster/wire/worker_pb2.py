@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63luster/wire/worker.proto\x12\x08\x62\x61ton.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xc7\x02\n\x11WorkerDescription\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12*\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x15.baton.v1.Fingerprint\x12\x12\n\nkv_address\x18\x04 \x01(\t\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x05 \x01(\t\x12\x1c\n\x14max_model_len_tokens\x18\n \x01(\x04\x12\x11\n\tkv_blocks\x18\x0b \x01(\x04\x12\x19\n\x11\x62lock_size_tokens\x18\x0c \x01(\x04\x12\x14\n\x0cmax_num_seqs\x18\r \x01(\x04\x12\x1e\n\x16max_num_batched_tokens\x18\x0e \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x0f \x01(\x04\x12\x17\n\x0fsupported_tasks\x18\x10 \x03(\t\"\xc2\x01\n\x0b\x46ingerprint\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07weights\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x10\n\x08kv_dtype\x18\x05 \x01(\t\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x10\n\x08kv_heads\x18\x07 \x01(\r\x12\x11\n\thead_size\x18\x08 \x01(\r\x12\x14\n\x0cvllm_version\x18\t \x01(\t\x12\x15\n\rbaton_version\x18\n \x01(\t\"\xb3\x01\n\x08ToEngine\x12#\n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x14.baton.v1.AddRequestH\x00\x12(\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x17.baton.v1.AbortRequestsH\x00\x12(\n\x07utility\x18\x03 \x01(\x0b\x32\x15.baton.v1.UtilityCallH\x00\x12&\n\x04\x64rop\x18\x04 \x01(\x0b\x32\x16.baton.v1.DropTransferH\x00\x42\x06\n\x04kind\"\x8d\x01\n\nAddRequest\x12\x0e\n\x06leg_id\x18\x05 \x01(\t\x12\x0f\n\x07request\x18\x01 \x03(\x0c\x12\x1e\n\x04send\x18\x02 \x01(\x0b\x32\x10.baton.v1.SendKv\x12$\n\x07receive\x18\x03 \x01(\x0b\x32\x13.baton.v1.ReceiveKv\x12\x18\n\x10resume_token_ids\x18\x04 \x03(\r\"V\n\x06SendKv\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\"\\\n\tReceiveKv\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\"$\n\rAbortRequests\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"#\n\x0c\x44ropTransfer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\"<\n\x0bUtilityCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x03 \x01(\x0c\"\xb9\x01\n\nFromEngine\x12(\n\x07outputs\x18\x01 \x01(\x0b\x32\x15.baton.v1.StepOutputsH\x00\x12)\n\x07utility\x18\x02 \x01(\x0b\x32\x16.baton.v1.UtilityReplyH\x00\x12$\n\x07\x61\x64opted\x18\x03 \x01(\x0b\x32\x11.baton.v1.AdoptedH\x00\x12(\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x16.baton.v1.EngineFailedH\x00\x42\x06\n\x04kind\"B\n\x0bStepOutputs\x12\x0f\n\x07outputs\x18\x01 \x03(\x0c\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\">\n\x0cUtilityReply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0e\n\x06result\x18\x02 \x01(\x0c\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\x84\x01\n\x07\x41\x64opted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bhanded_over\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x11\n\texposed_s\x18\x06 \x01(\x01\x12\x0e\n\x06wire_s\x18\x07 \x01(\x01\"\x1f\n\x0c\x45ngineFailed\x12\x0f\n\x07message\x18\x01 \x01(\t\"U\n\nWorkerLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x10\n\x08kv_usage\x18\x03 \x01(\x01\x12\x13\n\x0binbox_bytes\x18\x04 \x01(\x04\x32\x84\x01\n\x06Worker\x12\x42\n\x08\x44\x65scribe\x12\x19.baton.v1.DescribeRequest\x1a\x1b.baton.v1.WorkerDescription\x12\x36\n\x06\x45ngine\x12\x12.baton.v1.ToEngine\x1a\x14.baton.v1.FromEngine(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63luster/wire/worker.proto\x12\x08\x62\x61ton.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xe0\x02\n\x11WorkerDescription\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12*\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x15.baton.v1.Fingerprint\x12\x12\n\nkv_address\x18\x04 \x01(\t\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x05 \x01(\t\x12\x1c\n\x14max_model_len_tokens\x18\n \x01(\x04\x12\x11\n\tkv_blocks\x18\x0b \x01(\x04\x12\x19\n\x11\x62lock_size_tokens\x18\x0c \x01(\x04\x12\x14\n\x0cmax_num_seqs\x18\r \x01(\x04\x12\x1e\n\x16max_num_batched_tokens\x18\x0e \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x0f \x01(\x04\x12\x17\n\x0fsupported_tasks\x18\x10 \x03(\t\x12\x17\n\x0finbox_bytes_max\x18\x11 \x01(\x04\"\xc2\x01\n\x0b\x46ingerprint\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07weights\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x10\n\x08kv_dtype\x18\x05 \x01(\t\x12\x0e\n\x06layers\x18\x06 \x01(\r\x12\x10\n\x08kv_heads\x18\x07 \x01(\r\x12\x11\n\thead_size\x18\x08 \x01(\r\x12\x14\n\x0cvllm_version\x18\t \x01(\t\x12\x15\n\rbaton_version\x18\n \x01(\t\"\xb3\x01\n\x08ToEngine\x12#\n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x14.baton.v1.AddRequestH\x00\x12(\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x17.baton.v1.AbortRequestsH\x00\x12(\n\x07utility\x18\x03 \x01(\x0b\x32\x15.baton.v1.UtilityCallH\x00\x12&\n\x04\x64rop\x18\x04 \x01(\x0b\x32\x16.baton.v1.DropTransferH\x00\x42\x06\n\x04kind\"\x8d\x01\n\nAddRequest\x12\x0e\n\x06leg_id\x18\x05 \x01(\t\x12\x0f\n\x07request\x18\x01 \x03(\x0c\x12\x1e\n\x04send\x18\x02 \x01(\x0b\x32\x10.baton.v1.SendKv\x12$\n\x07receive\x18\x03 \x01(\x0b\x32\x13.baton.v1.ReceiveKv\x12\x18\n\x10resume_token_ids\x18\x04 \x03(\r\"V\n\x06SendKv\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\"\\\n\tReceiveKv\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\"$\n\rAbortRequests\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"#\n\x0c\x44ropTransfer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\"<\n\x0bUtilityCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x03 \x01(\x0c\"\xb9\x01\n\nFromEngine\x12(\n\x07outputs\x18\x01 \x01(\x0b\x32\x15.baton.v1.StepOutputsH\x00\x12)\n\x07utility\x18\x02 \x01(\x0b\x32\x16.baton.v1.UtilityReplyH\x00\x12$\n\x07\x61\x64opted\x18\x03 \x01(\x0b\x32\x11.baton.v1.AdoptedH\x00\x12(\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x16.baton.v1.EngineFailedH\x00\x42\x06\n\x04kind\"B\n\x0bStepOutputs\x12\x0f\n\x07outputs\x18\x01 \x03(\x0c\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\">\n\x0cUtilityReply\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x0e\n\x06result\x18\x02 \x01(\x0c\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\x84\x01\n\x07\x41\x64opted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bhanded_over\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x11\n\texposed_s\x18\x06 \x01(\x01\x12\x0e\n\x06wire_s\x18\x07 \x01(\x01\"\x1f\n\x0c\x45ngineFailed\x12\x0f\n\x07message\x18\x01 \x01(\t\"U\n\nWorkerLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x10\n\x08kv_usage\x18\x03 \x01(\x01\x12\x13\n\x0binbox_bytes\x18\x04 \x01(\x04\x32\x84\x01\n\x06Worker\x12\x42\n\x08\x44\x65scribe\x12\x19.baton.v1.DescribeRequest\x1a\x1b.baton.v1.WorkerDescription\x12\x36\n\x06\x45ngine\x12\x12.baton.v1.ToEngine\x1a\x14.baton.v1.FromEngine(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,35 +34,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_start=39
   _globals['_DESCRIBEREQUEST']._serialized_end=56
   _globals['_WORKERDESCRIPTION']._serialized_start=59
-  _globals['_WORKERDESCRIPTION']._serialized_end=386
-  _globals['_FINGERPRINT']._serialized_start=389
-  _globals['_FINGERPRINT']._serialized_end=583
-  _globals['_TOENGINE']._serialized_start=586
-  _globals['_TOENGINE']._serialized_end=765
-  _globals['_ADDREQUEST']._serialized_start=768
-  _globals['_ADDREQUEST']._serialized_end=909
-  _globals['_SENDKV']._serialized_start=911
-  _globals['_SENDKV']._serialized_end=997
-  _globals['_RECEIVEKV']._serialized_start=999
-  _globals['_RECEIVEKV']._serialized_end=1091
-  _globals['_ABORTREQUESTS']._serialized_start=1093
-  _globals['_ABORTREQUESTS']._serialized_end=1129
-  _globals['_DROPTRANSFER']._serialized_start=1131
-  _globals['_DROPTRANSFER']._serialized_end=1166
-  _globals['_UTILITYCALL']._serialized_start=1168
-  _globals['_UTILITYCALL']._serialized_end=1228
-  _globals['_FROMENGINE']._serialized_start=1231
-  _globals['_FROMENGINE']._serialized_end=1416
-  _globals['_STEPOUTPUTS']._serialized_start=1418
-  _globals['_STEPOUTPUTS']._serialized_end=1484
-  _globals['_UTILITYREPLY']._serialized_start=1486
-  _globals['_UTILITYREPLY']._serialized_end=1548
-  _globals['_ADOPTED']._serialized_start=1551
-  _globals['_ADOPTED']._serialized_end=1683
-  _globals['_ENGINEFAILED']._serialized_start=1685
-  _globals['_ENGINEFAILED']._serialized_end=1716
-  _globals['_WORKERLOAD']._serialized_start=1718
-  _globals['_WORKERLOAD']._serialized_end=1803
-  _globals['_WORKER']._serialized_start=1806
-  _globals['_WORKER']._serialized_end=1938
+  _globals['_WORKERDESCRIPTION']._serialized_end=411
+  _globals['_FINGERPRINT']._serialized_start=414
+  _globals['_FINGERPRINT']._serialized_end=608
+  _globals['_TOENGINE']._serialized_start=611
+  _globals['_TOENGINE']._serialized_end=790
+  _globals['_ADDREQUEST']._serialized_start=793
+  _globals['_ADDREQUEST']._serialized_end=934
+  _globals['_SENDKV']._serialized_start=936
+  _globals['_SENDKV']._serialized_end=1022
+  _globals['_RECEIVEKV']._serialized_start=1024
+  _globals['_RECEIVEKV']._serialized_end=1116
+  _globals['_ABORTREQUESTS']._serialized_start=1118
+  _globals['_ABORTREQUESTS']._serialized_end=1154
+  _globals['_DROPTRANSFER']._serialized_start=1156
+  _globals['_DROPTRANSFER']._serialized_end=1191
+  _globals['_UTILITYCALL']._serialized_start=1193
+  _globals['_UTILITYCALL']._serialized_end=1253
+  _globals['_FROMENGINE']._serialized_start=1256
+  _globals['_FROMENGINE']._serialized_end=1441
+  _globals['_STEPOUTPUTS']._serialized_start=1443
+  _globals['_STEPOUTPUTS']._serialized_end=1509
+  _globals['_UTILITYREPLY']._serialized_start=1511
+  _globals['_UTILITYREPLY']._serialized_end=1573
+  _globals['_ADOPTED']._serialized_start=1576
+  _globals['_ADOPTED']._serialized_end=1708
+  _globals['_ENGINEFAILED']._serialized_start=1710
+  _globals['_ENGINEFAILED']._serialized_end=1741
+  _globals['_WORKERLOAD']._serialized_start=1743
+  _globals['_WORKERLOAD']._serialized_end=1828
+  _globals['_WORKER']._serialized_start=1831
+  _globals['_WORKER']._serialized_end=1963
 # @@protoc_insertion_point(module_scope)

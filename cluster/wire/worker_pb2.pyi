@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "fingerprint", "kv_address", "accelerator", "max_model_len_tokens", "kv_blocks", "block_size_tokens", "max_num_seqs", "max_num_batched_tokens", "kv_bytes_per_token", "supported_tasks")
+    __slots__ = ("worker_id", "incarnation", "fingerprint", "kv_address", "accelerator", "max_model_len_tokens", "kv_blocks", "block_size_tokens", "max_num_seqs", "max_num_batched_tokens", "kv_bytes_per_token", "supported_tasks", "inbox_bytes_max")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class WorkerDescription(_message.Message):
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SUPPORTED_TASKS_FIELD_NUMBER: _ClassVar[int]
+    INBOX_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     fingerprint: Fingerprint
@@ -36,7 +37,8 @@ class WorkerDescription(_message.Message):
     max_num_batched_tokens: int
     kv_bytes_per_token: int
     supported_tasks: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., kv_address: _Optional[str] = ..., accelerator: _Optional[str] = ..., max_model_len_tokens: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., supported_tasks: _Optional[_Iterable[str]] = ...) -> None: ...
+    inbox_bytes_max: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., kv_address: _Optional[str] = ..., accelerator: _Optional[str] = ..., max_model_len_tokens: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., supported_tasks: _Optional[_Iterable[str]] = ..., inbox_bytes_max: _Optional[int] = ...) -> None: ...
 
 class Fingerprint(_message.Message):
     __slots__ = ("model", "revision", "weights", "dtype", "kv_dtype", "layers", "kv_heads", "head_size", "vllm_version", "baton_version")

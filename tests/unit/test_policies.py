@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cluster.scheduler.handover import HandOverRule
 from cluster.scheduler.policies import (
     BUILT_IN,
     DEFAULT,
@@ -76,7 +77,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> EntryPoints:
 
 
 def fixed_policy(options: PolicyOptions) -> PlacementPolicy:
-    return Splitwise(options.local_prompt_tokens + 7)
+    return Splitwise(HandOverRule(options.local_prompt_tokens + 7))
 
 
 made = Counter[str]()
@@ -89,9 +90,9 @@ def broken_policy(options: PolicyOptions) -> PlacementPolicy:
 
 def test_own_policies_take_their_options() -> None:
     options = PolicyOptions(local_prompt_tokens=3, queue_threshold_tokens=5)
-    assert make_policy(DEFAULT, options) == Splitwise(3, 5)
+    assert make_policy(DEFAULT, options) == Splitwise(HandOverRule(3), 5)
     for name in BUILT_IN:
-        assert make_policy(name, options).local_prompt_tokens == 3  # type: ignore[attr-defined]
+        assert make_policy(name, options).rule == HandOverRule(3)  # type: ignore[attr-defined]
 
 
 def test_an_unknown_name_is_answered_with_those_known(installed: EntryPoints) -> None:
@@ -107,7 +108,9 @@ def test_an_unknown_name_is_answered_with_those_known(installed: EntryPoints) ->
 def test_a_package_adds_a_policy(installed: EntryPoints) -> None:
     installed.add("nearest", f"{__name__}:fixed_policy")
     assert policy_names() == [*BUILT_IN, "nearest"]
-    assert make_policy("nearest", PolicyOptions(1)) == Guarded(Splitwise(8), Splitwise(1))
+    assert make_policy("nearest", PolicyOptions(1)) == Guarded(
+        Splitwise(HandOverRule(8)), Splitwise(HandOverRule(1))
+    )
 
 
 def test_a_package_cannot_replace_a_policy(installed: EntryPoints) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cluster.scheduler.handover import HandOverRule
 from cluster.scheduler.policies.splitwise import Splitwise
 from cluster.scheduler.policy import Ask, Placement
 from cluster.scheduler.view import ClusterView, Pool, WorkerKey, WorkerView
@@ -151,7 +152,7 @@ def test_what_has_no_decode_phase_stays_where_it_prefills(ask: Ask, reason: str)
 
 
 def test_a_short_prompt_goes_straight_to_decode() -> None:
-    policy = Splitwise(local_prompt_tokens=100)
+    policy = Splitwise(HandOverRule(100))
     placement = placed(prefill("p1"), decode("d1"), policy=policy)
     assert names(placement) == ("d1", "d1")
     assert placement.reason == "short prompt"
@@ -303,6 +304,6 @@ def test_local_work_on_a_drawn_worker_makes_it_mixed(crowded: list[WorkerView]) 
     assert names(single) == ("d1", "d1") and single.lends_prefill
     short = placed(
         *(prefill("p1"), prefill("p2"), decode("d1", reported_kv_usage=0.95)),
-        policy=Splitwise(local_prompt_tokens=100),
+        policy=Splitwise(HandOverRule(100)),
     )
     assert names(short) == ("p1", "p1") and short.lends_decode

@@ -348,3 +348,47 @@ def test_a_request_may_bring_its_own_policy() -> None:
     assert add(scheduler, D, Pool.DECODE) == [StartLocal("r", "r.2p.2", D)]
     other = replace(ASK, request_id="other")
     assert scheduler.on_arrival(other, 2.0)[0].worker == P  # type: ignore[union-attr]
+
+
+# --- what is learned of the workers ---------------------------------------------------------------
+
+
+def predicted(scheduler: Scheduler, key: WorkerKey) -> tuple[float, float, float]:
+    """Of a prompt of 100 tokens, a step of one request, and a hand-off of 100 kB."""
+    rates = scheduler.view.workers[key].rates
+    return (
+        rates.prefill.predict_s(100),
+        rates.step.predict_s(1),
+        rates.exposed.predict_s(100_000),
+    )
+
+
+def test_workers_show_how_fast_they_are() -> None:
+    scheduler = pair()
+    scheduler.view.workers[D].kv_bytes_per_token = 1000
+    for i in range(100):
+        at_s, first, then = 100.0 * i, f"r.1p.{i + 1}", f"r.1p.{i + 1}.d"
+        scheduler.on_arrival(ASK, at_s)
+        scheduler.on_step(P, at_s + 3, {first: None})
+        scheduler.on_output(first, [7], Finish.LENGTH)
+        scheduler.on_adopted(then, True, exposed_s=0.5)
+        for step in range(3):
+            scheduler.on_step(D, at_s + 10 + 2 * step, {then: None})
+            scheduler.on_output(then, [8], Finish.STOP if step == 2 else None)
+    assert predicted(scheduler, P)[0] == pytest.approx(3, rel=0.1)
+    assert predicted(scheduler, D)[1:] == pytest.approx((2, 0.5), rel=0.1)
+    # One that is new is taken to be like them.
+    add(scheduler, D2, Pool.DECODE)
+    assert predicted(scheduler, D2) == pytest.approx((3, 2, 0.5), rel=0.1)
+    for second in range(1000):
+        scheduler.on_tick(20_000.0 + second)
+    assert predicted(scheduler, D)[2] < 0.05
+
+
+def test_a_cached_prompt_shows_only_what_was_computed_of_it() -> None:
+    scheduler = pair()
+    for i in range(100):
+        scheduler.on_arrival(ASK, 100.0 * i)
+        scheduler.on_step(P, 100.0 * i + 3, {f"r.1p.{i + 1}": 10})
+        scheduler.on_abort("r")
+    assert scheduler.view.workers[P].rates.prefill.predict_s(10) == pytest.approx(3, rel=0.1)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cluster.scheduler.handover import HandOver, HandOverRule
 from cluster.scheduler.policies.baselines import PowerOfTwo, Random, RoundRobin
 from cluster.scheduler.policies.guarded import Guarded
 from cluster.scheduler.policies.splitwise import Splitwise
@@ -26,13 +27,18 @@ class PolicyOptions:
     local_prompt_tokens: int = 0
     queue_threshold_tokens: int = 8192
     rng: random.Random = field(default_factory=random.Random)
+    hand_over: HandOver = "always"
+
+    @property
+    def rule(self) -> HandOverRule:
+        return HandOverRule(self.local_prompt_tokens, self.hand_over)
 
 
 BUILT_IN: dict[str, Callable[[PolicyOptions], PlacementPolicy]] = {
-    "splitwise": lambda o: Splitwise(o.local_prompt_tokens, o.queue_threshold_tokens),
-    "round_robin": lambda o: RoundRobin(o.local_prompt_tokens),
-    "random": lambda o: Random(o.rng, o.local_prompt_tokens),
-    "power_of_two": lambda o: PowerOfTwo(o.rng, o.local_prompt_tokens),
+    "splitwise": lambda o: Splitwise(o.rule, o.queue_threshold_tokens),
+    "round_robin": lambda o: RoundRobin(o.rule),
+    "random": lambda o: Random(o.rng, o.rule),
+    "power_of_two": lambda o: PowerOfTwo(o.rng, o.rule),
 }
 
 

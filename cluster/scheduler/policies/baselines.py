@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from cluster.scheduler.handover import ALWAYS, HandOverRule
 from cluster.scheduler.policy import (
     DECODE_QUEUE,
     PREFILL_QUEUE,
@@ -42,7 +43,7 @@ class Baseline(PairPolicy):
 class RoundRobin(Baseline):
     """Each pool's workers in turn."""
 
-    local_prompt_tokens: int = 0
+    rule: HandOverRule = ALWAYS
     _turns: Counter[Pool] = field(default_factory=Counter)
 
     reason: ClassVar[str] = "round robin"
@@ -56,7 +57,7 @@ class RoundRobin(Baseline):
 @dataclass(slots=True)
 class Random(Baseline):
     rng: random.Random
-    local_prompt_tokens: int = 0
+    rule: HandOverRule = ALWAYS
 
     reason: ClassVar[str] = "random"
 
@@ -69,7 +70,7 @@ class PowerOfTwo(Baseline):
     """Of two workers drawn at random the one with the shorter queue (Mitzenmacher, 2001)."""
 
     rng: random.Random
-    local_prompt_tokens: int = 0
+    rule: HandOverRule = ALWAYS
 
     reason: ClassVar[str] = "shorter of two queues"
 

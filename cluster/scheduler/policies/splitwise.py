@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from cluster.scheduler.handover import ALWAYS, HandOverRule
 from cluster.scheduler.policy import (
     DECODE_QUEUE,
     PREFILL_QUEUE,
@@ -32,7 +33,7 @@ class Splitwise(PairPolicy):
     is empty.
     """
 
-    local_prompt_tokens: int = 0
+    rule: HandOverRule = ALWAYS
     queue_threshold_tokens: int = 8192
     reason: ClassVar[str] = "shortest queues"
 

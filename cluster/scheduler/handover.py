@@ -1,0 +1,50 @@
+"""Whether a request is handed over at all, or stays on its decode worker, which then computes the
+prompt, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.scheduler.view import WorkerView
+
+INBOX_LOAD_MAX = 0.9
+"""Above this share of its inbox, a decode worker would have to refuse the KV and compute again."""
+
+
+HandOver = Literal["always", "cheaper"]
+
+
+@dataclass(frozen=True, slots=True)
+class HandOverRule:
+    """`local_prompt_tokens`: a prompt up to this length stays. `when`: always, or only if that
+    should cost less than to compute the prompt where it decodes.
+    """
+
+    local_prompt_tokens: int = 0
+    when: HandOver = "always"
+
+    def stays(self, tokens: int, prefill: WorkerView, decode: WorkerView) -> str:
+        """Why a request of a context of `tokens` stays on its decode worker. Empty: it is handed
+        over."""
+        if decode.inbox_bytes_max:
+            bytes_held = decode.reported_inbox_bytes + tokens * decode.kv_bytes_per_token
+            if bytes_held > decode.inbox_bytes_max * INBOX_LOAD_MAX:
+                return "inbox full"
+        if self.when == "cheaper":
+            return self._cheaper(tokens, prefill, decode)
+        return ""
+
+    def _cheaper(self, tokens: int, prefill: WorkerView, decode: WorkerView) -> str:
+        """Compares what the requests concerned wait in all: with a local prefill, so do those that
+        decode there."""
+        compute_s = decode.rates.prefill.predict_s(tokens)
+        stay_s = decode.prefill_wait_s + compute_s * (1 + decode.decodes)
+        exposed_s = decode.rates.exposed.predict_s(tokens * decode.kv_bytes_per_token)
+        prefill_s = prefill.prefill_wait_s + prefill.rates.prefill.predict_s(tokens)
+        if stay_s > prefill_s + exposed_s:
+            return ""
+        return "slow hand-off" if exposed_s > compute_s else "cheaper local"
+
+
+ALWAYS = HandOverRule()
