@@ -24,7 +24,7 @@ EVENT = b"data: "
 class Stream:
     """One streamed completion. Times are of the machine's monotonic clock, in seconds."""
 
-    started_s: float
+    started_s: float = 0.0
     request_id: str = ""
     token_times_s: list[float] = field(default_factory=list)
     text: str = ""
@@ -75,8 +75,11 @@ class Client:
         assert self._session is not None, "not entered"
         return self._session
 
-    async def complete(self, prompt: Sequence[int], output_tokens: int) -> Stream:
-        """Stream one completion of exactly `output_tokens`.
+    async def complete(
+        self, prompt: Sequence[int], output_tokens: int, into: Stream | None = None
+    ) -> Stream:
+        """Stream one completion of exactly `output_tokens`, into the stream given: who cancels this
+        has there what came.
 
         Raises:
             BenchFailed, aiohttp.ClientError
@@ -94,7 +97,8 @@ class Client:
             }
         ).encode()
         headers = {"Content-Type": "application/json"}
-        stream = Stream(time.monotonic())
+        stream = into or Stream()
+        stream.started_s = time.monotonic()
         async with self.session.post("/v1/completions", data=body, headers=headers) as response:
             if response.status != 200:
                 raise BenchFailed(f"HTTP {response.status}: {(await response.text())[:200]}")

@@ -17,10 +17,8 @@ from typing import Any
 
 from cluster.bench.client import Client, Stream, random_prompt
 from cluster.bench.report import Goal, median, percentile, ratio
-from cluster.bench.servers import Servers
-from cluster.supervisor import CPU_KV_CACHE_BYTES
+from cluster.bench.servers import MODEL_NAME, Servers, server_args
 
-MODEL_NAME = "bench"
 LENGTH_STEP = 512
 FIRST_TOKEN_AFTER_PREFILL_MS_MAX = 20.0
 TTFT_RATIO_MAX = 1.10
@@ -62,15 +60,7 @@ class ServeSettings:
         return (longest // LENGTH_STEP + 1) * LENGTH_STEP
 
     def server_args(self) -> list[str]:
-        return [
-            *("--served-model-name", MODEL_NAME),
-            *("--dtype", "float32"),
-            *("--max-model-len", str(self.max_model_len)),
-            *("--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)),
-            "--enforce-eager",
-            "--disable-uvicorn-access-log",
-            *self.vllm_args,
-        ]
+        return server_args(self.max_model_len, self.vllm_args)
 
 
 QUICK = ServeSettings(

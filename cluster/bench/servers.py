@@ -22,8 +22,9 @@ import aiohttp
 from cluster.bench.report import BenchFailed
 from cluster.engine_build import on_gpu
 from cluster.guardian import RUN_VARIABLE
-from cluster.supervisor import free_port
+from cluster.supervisor import CPU_KV_CACHE_BYTES, free_port
 
+MODEL_NAME = "bench"
 START_DEADLINE_S = 300.0
 STOP_DEADLINE_S = {"plain": 10.0, "baton": 60.0}
 """Then it is killed. vLLM does not heed SIGTERM while it starts; `baton up` ends its own."""
@@ -76,15 +77,31 @@ class Servers:
     @contextlib.asynccontextmanager
     async def plain(self, model: Path, vllm_args: Sequence[str]) -> AsyncIterator[Server]:
         """One vLLM server. Its engine runs in a second process of it."""
+        async with self._plain_on(self._plain_core, model, vllm_args) as server:
+            await _until_ready(server, "/health", [])
+            yield server
+
+    @contextlib.asynccontextmanager
+    async def plain_on_each_core(
+        self, model: Path, vllm_args: Sequence[str]
+    ) -> AsyncIterator[list[Server]]:
+        """As many vLLM servers as Baton has workers, each computing on the core of one."""
+        async with contextlib.AsyncExitStack() as stack:
+            starting = [self._plain_on(core, model, vllm_args) for core in self._baton_cores]
+            servers = [await stack.enter_async_context(server) for server in starting]
+            for server in servers:
+                await _until_ready(server, "/health", [])
+            yield servers
+
+    @contextlib.asynccontextmanager
+    async def _plain_on(
+        self, core: int, model: Path, vllm_args: Sequence[str]
+    ) -> AsyncIterator[Server]:
         port = free_port()
         address = ["--host", "127.0.0.1", "--port", str(port)]
         command = [PLAIN_MODULE, "--model", str(model), *vllm_args, *address]
-        environment = {
-            "OMP_NUM_THREADS": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": str(self._plain_core),
-        }
+        environment = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
         async with self._running("plain", port, command, self._plain_cores, environment) as server:
-            await _until_ready(server, "/health", [])
             yield server
 
     @contextlib.asynccontextmanager
@@ -126,7 +143,7 @@ class Servers:
         cores: list[int],
         environment: dict[str, str],
     ) -> AsyncIterator[Server]:
-        log = self.folder / f"{name}.log"
+        log = self.folder / f"{name}-{port}.log"
         process = self._spawn(command, log, cores, environment)
         try:
             yield Server(f"http://127.0.0.1:{port}", process, log)
@@ -178,6 +195,19 @@ async def _until_ready(server: Server, path: str, wanted: list[str]) -> None:
                     f"the server was not ready within {START_DEADLINE_S:g} s: {server.last_words()}"
                 )
             await asyncio.sleep(POLL_S)
+
+
+def server_args(max_model_len: int, more: Sequence[str]) -> list[str]:
+    """Arguments of `vllm serve` that are the same for all servers."""
+    return [
+        *("--served-model-name", MODEL_NAME),
+        *("--dtype", "float32"),
+        *("--max-model-len", str(max_model_len)),
+        *("--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES)),
+        "--enforce-eager",
+        "--disable-uvicorn-access-log",
+        *more,
+    ]
 
 
 def _environment() -> dict[str, str]:

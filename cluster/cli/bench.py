@@ -9,6 +9,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ from cluster.config import BUNDLED_MODEL
 if TYPE_CHECKING:
     from cluster.bench.serve import ServeSettings
 
+Run = Callable[..., Awaitable[tuple[Any, Any]]]
+Summary = Callable[..., dict[str, Any]]
+"""A benchmark's two sides measured, and its report of them."""
 PLAIN_COLUMNS = ("ttft_ms", "second_token_ms", "inter_token_ms")
 
 
@@ -47,21 +51,57 @@ def serve(as_json: bool, quick: bool, model: Path | None, **given: Any) -> None:
 
     Any flag of `vllm serve` can follow, and is for both servers.
     """
-    from cluster.bench.report import BenchFailed
+    from cluster.bench.serve import run_serve, summary
 
     settings = _settings(quick, **given)
     if quick and model is None:
         model = BUNDLED_MODEL
-    try:
-        report = asyncio.run(_serve(settings, model.resolve() if model else None))
-    except asyncio.CancelledError as error:
-        raise click.Abort from error
-    except BenchFailed as error:
-        raise click.ClickException(str(error)) from error
+    report = _compared(run_serve, summary, settings, model, settings.free_front_end)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
         _show(report)
+
+
+@bench.command(context_settings={"ignore_unknown_options": True})
+@click.argument("vllm_args", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM FLAGS]...")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+@click.option("--model", type=Path, help="model folder; a random Llama of 113M if not given")
+@click.option("--seconds", type=click.FloatRange(1), help="that are measured, every round  [60]")
+@click.option("--streams", type=click.IntRange(1), help="that decode all the time  [8]")
+@click.option("--burst-prompts", type=click.IntRange(1), help="long prompts in a burst  [4]")
+@click.option("--burst-every-s", type=click.FloatRange(0.1), help="from burst to burst  [6]")
+@click.option("--rounds", type=click.IntRange(1), help="of plain vLLM, then Baton  [1]")
+@click.option("--quick", is_flag=True, help="bundled model, few seconds: does it work at all")
+def isolation(
+    as_json: bool,
+    quick: bool,
+    model: Path | None,
+    seconds: float | None,
+    vllm_args: tuple[str, ...],
+    **given: int | float | None,
+) -> None:
+    """Compare time between tokens while long prompts arrive in bursts.
+
+    Two plain vLLM servers, requests taking turns between them, and a prefill and a decode worker;
+    one core each. Any flag of `vllm serve` can follow, and is for all of them.
+    """
+    from cluster.bench.isolation import QUICK, IsolationSettings, run_isolation, summary
+
+    changes = {name: value for name, value in {**given, "window_s": seconds}.items() if value}
+    settings = dataclasses.replace(
+        QUICK if quick else IsolationSettings(),
+        vllm_args=vllm_args,
+        **changes,  # type: ignore[arg-type]
+    )
+    if quick and model is None:
+        model = BUNDLED_MODEL
+    # As Baton's router may use both cores, so may the plain servers' front ends.
+    report = _compared(run_isolation, summary, settings, model, free_front_end=True)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _show_isolation(report)
 
 
 @bench.command()
@@ -138,10 +178,26 @@ def _settings(
     return dataclasses.replace(QUICK if quick else ServeSettings(), **given)
 
 
-async def _serve(settings: ServeSettings, folder: Path | None) -> dict[str, Any]:
+def _compared(
+    run: Run, summary: Summary, settings: Any, model: Path | None, free_front_end: bool
+) -> dict[str, Any]:
+    """Run a benchmark of Baton beside plain vLLM, and give its report."""
+    from cluster.bench.report import BenchFailed
+
+    folder = model.resolve() if model else None
+    try:
+        return asyncio.run(_compare(run, summary, settings, folder, free_front_end))
+    except asyncio.CancelledError as error:
+        raise click.Abort from error
+    except BenchFailed as error:
+        raise click.ClickException(str(error)) from error
+
+
+async def _compare(
+    run: Run, summary: Summary, settings: Any, folder: Path | None, free_front_end: bool
+) -> dict[str, Any]:
     from cluster.bench.model import describe_model
     from cluster.bench.report import machine
-    from cluster.bench.serve import run_serve, summary
     from cluster.bench.servers import Servers
 
     task = asyncio.current_task()
@@ -149,14 +205,14 @@ async def _serve(settings: ServeSettings, folder: Path | None) -> dict[str, Any]
     for signum in (signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
     host = machine()
-    async with Servers(settings.free_front_end) as servers:
+    async with Servers(free_front_end) as servers:
         model = folder or servers.folder / "random-llama"
         if folder is None:
             _tell("making a random Llama")
             await _make_model(model)
         described = describe_model(model)
         name = "bundled" if folder == BUNDLED_MODEL else model.name
-        plain, baton = await run_serve(model, described["vocab_size"], settings, servers, _tell)
+        plain, baton = await run(model, described["vocab_size"], settings, servers, _tell)
     return summary(host, {"name": name, **described}, settings, plain, baton)
 
 
@@ -235,6 +291,35 @@ def _show_kv(report: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for size, result in report["results"].items():
         table.add_row(f"{size} MB", *(f"{result[way]['gb_s']:.2f}" for way in ways))
+    console.print(table)
+    console.print()
+    _show_goals(console, report, "at least")
+
+
+def _show_isolation(report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    host, model, settings = report["machine"], report["model"], report["settings"]
+    console.print(
+        f"{model['name']}, {(model['parameters'] or 0) / 1e6:.0f}M parameters, float32; "
+        f"{host['cpu_model']}, {host['cores']} cores, vLLM {host['vllm']}\n"
+        f"{settings['streams']} streams; every {settings['burst_every_s']:g} s "
+        f"{settings['burst_prompts']} prompts of {settings['long_tokens_min']} to "
+        f"{settings['long_tokens_max']} tokens"
+    )
+    table = Table(box=None, pad_edge=False)
+    columns = ("between tokens", "p99", "longest", "TTFT of long", "p99")
+    for column in ("server", *columns, "tokens/s"):
+        table.add_column(column, justify="left" if column == "server" else "right")
+    for name, result in report["results"].items():
+        keys = (
+            "inter_token_p50",
+            "inter_token_p99",
+            "inter_token_max",
+            "long_ttft",
+            "long_ttft_p99",
+        )
+        times = [_milliseconds(result[f"{key}_ms"]) for key in keys]
+        table.add_row(name, *times, f"{result['tokens_per_s']:.1f}")
     console.print(table)
     console.print()
     _show_goals(console, report, "at least")
