@@ -1,6 +1,7 @@
 # make run     serve the bundled model from a prefill/decode cluster
 # make test    run all tests
-# Both set the environment up first, in .venv.
+# make fuzz    play random fault schedules until Ctrl-C
+# All set the environment up first, in .venv.
 
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -13,13 +14,17 @@ ARGS ?=
 BUILD := $(if $(or $(GPU),$(wildcard $(VENV)/.installed-gpu)),gpu,cpu)
 REQUIREMENTS := requirements-$(BUILD).txt
 
-.PHONY: run test setup check format proto clean
+.PHONY: run test fuzz setup check format proto clean
 
 run: $(VENV)/.installed-$(BUILD)
 	@exec $(BIN)/baton up $(MODEL) $(ARGS)
 
 test: $(VENV)/.installed-dev-$(BUILD)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# SEED=123 replays one schedule and prints its events; FOR_S=600 ends after so many seconds.
+fuzz: $(VENV)/.installed-dev-$(BUILD)
+	@$(BIN)/python -m tests.simulation.fuzz $(if $(SEED),--seed $(SEED)) $(if $(FOR_S),--for-s $(FOR_S)) $(ARGS)
 
 setup: $(VENV)/.installed-$(BUILD)
 

@@ -109,6 +109,13 @@ class Membership:
         texts = await self._values(f"{self._prefix}:worker:*")
         return sorted(map(WorkerRecord.from_json, texts), key=lambda record: record.worker_id)
 
+    async def run_id(self) -> str:
+        """New at each start of Redis. Empty where Redis does not tell."""
+        try:
+            return str((await self._redis.info("server")).get("run_id", ""))
+        except redis.exceptions.ResponseError:
+            return ""
+
     async def ask_drain(self, worker_id: str, request: DrainRequest, keep_s: float) -> None:
         await self._redis.set(
             f"{self._prefix}:drain:{worker_id}",

@@ -29,6 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from cluster.membership import WorkerRecord, WorkerState
 from cluster.scheduler.life import (
     Action,
     CancelLeg,
@@ -42,7 +43,7 @@ from cluster.scheduler.life import (
 )
 from cluster.scheduler.policy import Ask
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.view import Pool, WorkerKey, WorkerView
+from cluster.scheduler.view import WorkerKey, WorkerView
 from cluster.wire import worker_pb2
 from router.link import WorkerLink
 from router.metrics import RouterMetrics
@@ -65,7 +66,6 @@ _FINISHES = {
 @dataclass(slots=True)
 class ConnectedWorker:
     key: WorkerKey
-    pool: Pool
     link: WorkerLink
     description: worker_pb2.WorkerDescription
     stats: SchedulerStats = field(default_factory=SchedulerStats)
@@ -135,9 +135,13 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
     # --- workers, called by the membership watcher ------------------------------------------------
 
     async def connect(
-        self, key: WorkerKey, address: str, pool: Pool, on_lost: Callable[[str], None]
+        self,
+        key: WorkerKey,
+        address: str,
+        newest_record: Callable[[], WorkerRecord],
+        on_lost: Callable[[str], None],
     ) -> None:
-        """Link to a worker and give it work.
+        """Link to a worker and, unless it drains by then, give it work.
 
         Raises:
             grpc.aio.AioRpcError: it does not answer.
@@ -153,20 +157,22 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         except BaseException:
             await link.close()
             raise
-        worker = ConnectedWorker(key, pool, link, description)
+        worker = ConnectedWorker(key, link, description)
         self.workers[key] = worker
         link.start()
         self._apply_limits(description)
         for lora in self._loras.values():
             self._call(worker, "add_lora", [msgspec.to_builtins(lora)])
+        record = newest_record()
         view = WorkerView(
             key=key,
-            pool=pool,
+            pool=record.pool,
             model=description.fingerprint.SerializeToString(deterministic=True).hex(),
             max_model_len_tokens=description.max_model_len_tokens,
             kv_tokens=description.kv_blocks * description.block_size_tokens,
             kv_bytes_per_token=description.kv_bytes_per_token,
             inbox_bytes_max=description.inbox_bytes_max,
+            draining=record.state is WorkerState.DRAINING,
         )
         self._carry_out(self.scheduler.on_worker_up(view))
         self._worker_up.set()

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 import grpc.aio
 
+from cluster.arrivals import Arrivals, MessageLost
 from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,11 @@ class WorkerLink:
 
     async def _read(self) -> None:
         reason = "it closed the stream"
+        arrivals = Arrivals()
         try:
             async for message in self._stub.Engine(self._requests()):
+                if not arrivals.is_new(message.number):
+                    continue
                 if message.HasField("failed"):
                     reason = f"its engine failed: {message.failed.message}"
                     break
@@ -77,6 +81,8 @@ class WorkerLink:
             reason = f"it is {OUTGOING_MAX} messages behind"
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
+        except MessageLost as error:
+            reason = str(error)
         except Exception as error:
             logger.exception("a message of %s cannot be handled", self.address)
             reason = f"{type(error).__name__}: {error}"
@@ -84,6 +90,9 @@ class WorkerLink:
             self._on_lost(reason)
 
     async def _requests(self) -> AsyncIterator[worker_pb2.ToEngine]:
+        number = 0
         with contextlib.suppress(asyncio.CancelledError):
             while (message := await self._outgoing.get()) is not None:
+                number += 1
+                message.number = number
                 yield message

@@ -10,9 +10,10 @@ from functools import partial
 
 import grpc.aio
 
-from cluster.membership import REDIS_ERRORS, Membership, WorkerRecord, WorkerState
+from cluster.membership import REDIS_DEADLINE_S, REDIS_ERRORS, Membership, WorkerRecord
 from cluster.scheduler.view import Pool, WorkerKey
 from router.cluster_core import TICK_S, ClusterCore, WrongWorker
+from router.following import Leases, follow, key_of
 from router.metrics import RouterMetrics
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class MemberWatcher:
         self.records: list[WorkerRecord] = []
         self.desired: dict[str, int] = {}
         self.redis_reachable = True
-        self._changes: asyncio.Queue[WorkerKey] = asyncio.Queue()
+        self._leases = Leases(grace_s=membership.lease_s + REDIS_DEADLINE_S)
+        self._records_by_key: dict[WorkerKey, WorkerRecord] = {}
         self._connecting: dict[WorkerKey, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._unreachable: set[WorkerKey] = set()
@@ -54,50 +56,53 @@ class MemberWatcher:
                 self.records = await self._membership.workers()
                 desired = await self._membership.desired()
                 self.desired = dataclasses.asdict(desired) if desired else {}
+                self._leases.on_read(await self._membership.run_id(), time.monotonic())
                 self.redis_reachable = True
             except REDIS_ERRORS as error:
+                self._leases.on_failure()
                 if self.redis_reachable:
                     logger.warning("Redis is out of reach, keeping the workers known: %s", error)
                 self.redis_reachable = False
             if self.redis_reachable:
-                await self._follow(self.records)
+                self._follow(self.records)
             self._core.tick()
             self._measure()
-            await self._drop_lost()
+            await asyncio.sleep(min(POLL_S, TICK_S))
 
-    async def _follow(self, records: list[WorkerRecord]) -> None:
-        ready = {
-            WorkerKey(record.worker_id, record.incarnation): record
-            for record in records
-            if record.state in (WorkerState.READY, WorkerState.DRAINING)
-        }
-        for key in [key for key in self._core.workers if key not in ready]:
+    def _follow(self, records: list[WorkerRecord]) -> None:
+        self._records_by_key = {key_of(record): record for record in records}
+        steps = follow(
+            records,
+            self._core.scheduler.view,
+            self._connecting,
+            time.time(),
+            self._leases.tell(time.monotonic()),
+        )
+        for key in steps.lost:
             self._drop(key, "its lease ran out")
-        for key, record in ready.items():
-            view = self._core.scheduler.view.workers.get(key)
-            if view is not None:
-                view.draining = record.state is WorkerState.DRAINING
-                view.pool = record.pool
-                if view.draining and time.time() > record.drain_until_unix_s:
-                    self._core.evacuate(key)
-            elif key not in self._connecting:
-                # Also one whose link broke: as long as it keeps its lease, it may answer again.
-                # In a task of its own, so that one that hangs does not hold up the others.
-                task = asyncio.create_task(self._connect(key, record), name=f"connect {key}")
-                self._connecting[key] = task
-                task.add_done_callback(partial(self._forget_connecting, key))
-        self._unreachable &= set(ready)
+        for key in steps.evacuate:
+            self._core.evacuate(key)
+        for record in steps.connect:
+            # In a task of its own, so that one that hangs does not hold up the others.
+            key = key_of(record)
+            task = asyncio.create_task(self._connect(key, record), name=f"connect {key}")
+            self._connecting[key] = task
+            task.add_done_callback(partial(self._forget_connecting, key))
+        self._unreachable &= self._records_by_key.keys()
 
     def _forget_connecting(self, key: WorkerKey, task: asyncio.Task[None]) -> None:
         del self._connecting[key]
 
     async def _connect(self, key: WorkerKey, record: WorkerRecord) -> None:
-        def on_lost(reason: str) -> None:
-            logger.warning("worker %s is lost: %s", key, reason)
-            self._changes.put_nowait(key)
-
         try:
-            await self._core.connect(key, record.address, record.pool, on_lost)
+            await self._core.connect(
+                key,
+                record.address,
+                # While it was connecting, it may have been told to drain.
+                lambda: self._records_by_key.get(key, record),
+                # At once, whatever this watcher waits for.
+                lambda reason: self._drop(key, f"its link broke: {reason}"),
+            )
         except (grpc.aio.AioRpcError, WrongWorker) as error:
             reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
             # Tried again twice a second: said once.
@@ -106,16 +111,6 @@ class MemberWatcher:
             self._unreachable.add(key)
         else:
             self._unreachable.discard(key)
-
-    async def _drop_lost(self) -> None:
-        """Wait out the poll's pause, acting at once on links that break."""
-        deadline = asyncio.get_running_loop().time() + min(POLL_S, TICK_S)
-        while (left_s := deadline - asyncio.get_running_loop().time()) > 0:
-            try:
-                key = await asyncio.wait_for(self._changes.get(), left_s)
-            except TimeoutError:
-                return
-            self._drop(key, "its link broke")
 
     def _drop(self, key: WorkerKey, reason: str) -> None:
         link = self._core.remove(key)
@@ -129,7 +124,7 @@ class MemberWatcher:
         task.add_done_callback(self._closing.discard)
 
     def _measure(self) -> None:
-        pools = [worker.pool for worker in self._core.workers.values()]
+        pools = [worker.pool for worker in self._core.scheduler.view.workers.values()]
         for pool in Pool:
             self._metrics.workers.labels(pool).set(pools.count(pool))
         self._metrics.queued.set(self._core.scheduler.queued)

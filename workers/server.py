@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from cluster.arrivals import Arrivals, MessageLost
 from cluster.wire import worker_pb2, worker_pb2_grpc
 from workers.engine import EngineHost, encode_result
 
@@ -34,6 +35,8 @@ class _Link:
     outgoing: asyncio.Queue[worker_pb2.FromEngine | None] = field(
         default_factory=lambda: asyncio.Queue(LINK_MESSAGES_MAX)
     )
+    sent: int = 0
+    arrivals: Arrivals = field(default_factory=Arrivals)
     request_ids: set[str] = field(default_factory=set)
 
 
@@ -75,6 +78,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         reader = asyncio.create_task(self._read(link, requests))
         try:
             while (message := await link.outgoing.get()) is not None:
+                link.sent += 1
+                message.number = link.sent
                 yield message
         finally:
             reader.cancel()
@@ -88,6 +93,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         assert self.engine is not None
         try:
             async for message in requests:
+                if not link.arrivals.is_new(message.number):
+                    continue
                 kind = message.WhichOneof("kind")
                 if kind == "add":
                     link.request_ids.add(message.add.leg_id)
@@ -101,7 +108,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     call = message.utility
                     args = msgspec.msgpack.decode(call.args)
                     self.engine.call(link.client, call.call_id, call.method, args)
-        except grpc.aio.BaseError as error:
+        except (grpc.aio.BaseError, MessageLost) as error:
             logger.info("a router's stream broke: %s", error)
         except Exception:
             logger.exception("a router's message cannot be handled: closing its stream")
@@ -164,9 +171,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             link.outgoing.put_nowait(None)
 
     def _fail(self, message: str) -> None:
-        failed = worker_pb2.FromEngine(failed=worker_pb2.EngineFailed(message=message))
         for client in list(self._links):
-            self._send(client, failed)
+            failed = worker_pb2.EngineFailed(message=message)
+            self._send(client, worker_pb2.FromEngine(failed=failed))
         if not self.failed.done():
             self.failed.set_result(message)
 

@@ -127,6 +127,9 @@ class Life:
     tokens: list[int] = field(default_factory=list)
     """Output tokens the client has."""
     attempts: int = 0
+    """Placements so far."""
+    losses: int = 0
+    """Of them, those that ended with a worker: draining ones are not lost."""
 
     @property
     def done(self) -> bool:

@@ -10,8 +10,8 @@ from cluster.scheduler.policy import Ask, PlacementPolicy
 from cluster.scheduler.rates import Rates
 from cluster.scheduler.view import ClusterView, WorkerKey, WorkerView
 
-ATTEMPTS_MAX = 4
-"""Placements a request gets before it fails: one that kills workers must not kill them all."""
+LOSSES_MAX = 4
+"""Workers a request loses before it fails: one that kills workers must not kill them all."""
 FADE_EVERY_S = 1.0
 
 
@@ -125,6 +125,7 @@ class Scheduler:
         self.view.workers.pop(key, None)
         actions: list[Action] = []
         for life in [life for life in self.lives.values() if life.depends_on(key)]:
+            life.losses += 1
             actions.extend(self._move(life, now_s))
         # What was to be said to the lost worker is said to nobody.
         return [
@@ -229,8 +230,8 @@ class Scheduler:
         assert life.leg is not None
         self._by_leg.pop(life.leg.leg_id, None)
         self._refund(life)
-        if life.attempts >= ATTEMPTS_MAX:
-            reason = f"it lost its worker {life.attempts} times"
+        if life.losses >= LOSSES_MAX:
+            reason = f"it lost its worker {life.losses} times"
             return self._forget(life, life.fail(reason))
         actions = life.unplace()
         placed = self._place(life)

@@ -1,9 +1,11 @@
-"""What the world knows of every request, compared with what the scheduler does and holds."""
+"""What a router's clients have and what it was told, compared with what its scheduler does and
+holds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cluster.membership import WorkerRecord, WorkerState
 from cluster.scheduler.life import (
     Action,
     CancelLeg,
@@ -15,13 +17,13 @@ from cluster.scheduler.life import (
     StartLocal,
     StartPrefill,
 )
-from cluster.scheduler.scheduler import ATTEMPTS_MAX, Scheduler
-from cluster.scheduler.view import WorkerKey
-from tests.simulation.worker import LONG_MODEL_LEN, SHORT_MODEL_LEN, Spec, Start, token_at
+from cluster.scheduler.scheduler import LOSSES_MAX, Scheduler
+from cluster.scheduler.view import WorkerKey, WorkerView
+from router.following import key_of
+from tests.simulation.requests import LONG_MODEL_LEN, SHORT_MODEL_LEN, Spec, token_at
+from tests.simulation.violation import Violation
 
-
-class Violation(AssertionError):
-    """Something happened that must not."""
+Start = StartPrefill | StartDecode | StartLocal
 
 
 @dataclass(slots=True)
@@ -38,6 +40,8 @@ class Placed:
     """Until a decode leg claims it."""
     computing: bool = True
     """Its first leg has said nothing yet."""
+    heard_at_s: float = 0.0
+    """When the leg started, or last said something."""
 
 
 @dataclass(slots=True)
@@ -54,7 +58,7 @@ class Client:
         if self.ended:
             raise Violation(f"{name} gets {len(tokens)} tokens after it {self.ended}")
         for token in tokens:
-            if token != token_at(name, len(self.tokens)):
+            if token != token_at(self.spec.text, len(self.tokens)):
                 raise Violation(f"{name} gets a wrong token at position {len(self.tokens)}")
             self.tokens.append(token)
         if finish is not None:
@@ -74,16 +78,19 @@ class Books:
         Violation
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, legs_seen: set[str]) -> None:
         self.scheduler = scheduler
         self.clients: dict[str, Client] = {}
-        self.transfers_to: dict[WorkerKey, set[str]] = {}
-        self._legs_seen: set[str] = set()
+        self._legs_seen = legs_seen
+        """Of all routers: no two legs have one id."""
+        self._models: dict[WorkerKey, str] = {}
+        """Of the workers that the router is connected to."""
+        self._draining: set[WorkerKey] = set()
 
     def check_action(self, action: Action, now_s: float) -> None:
         match action:
             case StartPrefill() | StartDecode() | StartLocal():
-                self._check_start(action)
+                self._check_start(action, now_s)
             case CancelLeg():
                 self._check_cancel(action)
             case DropTransfer():
@@ -99,7 +106,20 @@ class Books:
             if finish is not None:
                 placed.leg_id = ""
 
+    def on_progress(self, leg_id: str, now_s: float) -> None:
+        for client in self.clients.values():
+            if client.placed is not None and client.placed.leg_id == leg_id:
+                client.placed.heard_at_s = now_s
+
+    def on_records(self, records: list[WorkerRecord]) -> None:
+        """The router has read the membership."""
+        self._draining = {key_of(r) for r in records if r.state is WorkerState.DRAINING}
+
+    def on_worker_up(self, view: WorkerView) -> None:
+        self._models[view.key] = view.model
+
     def on_worker_lost(self, key: WorkerKey) -> None:
+        del self._models[key]
         for client in self.clients.values():
             placed = client.placed
             if placed is None:
@@ -114,7 +134,7 @@ class Books:
     def unended(self) -> list[str]:
         return [name for name, client in self.clients.items() if not client.ended]
 
-    def _check_start(self, action: Start) -> None:
+    def _check_start(self, action: Start, now_s: float) -> None:
         client = self.clients[action.request_id]
         receiver = action.receiver if isinstance(action, StartPrefill) else action.worker
         if client.ended:
@@ -132,7 +152,7 @@ class Books:
         for key in {action.worker, receiver}:
             self._check_worker(action, key)
         if isinstance(action, StartDecode):
-            self._check_claim(action, client)
+            self._check_claim(action, client, now_s)
             return
         if client.placed is not None and client.placed.transfer_id:
             raise Violation(f"{client.placed.transfer_id} was not dropped")
@@ -141,30 +161,29 @@ class Books:
         placement = self.scheduler.lives[action.request_id].placement
         lends = (placement.lends_prefill, placement.lends_decode) if placement else (False, False)
         client.placed = Placed(
-            action.worker, receiver, context, action.leg_id, action.worker, lends
+            action.worker, receiver, context, action.leg_id, action.worker, lends, heard_at_s=now_s
         )
         if isinstance(action, StartPrefill):
             if receiver == action.worker:
                 raise Violation(f"{action.leg_id} hands over to its own worker")
             client.placed.transfer_id = action.transfer_id
-            self.transfers_to.setdefault(receiver, set()).add(action.transfer_id)
 
     def _check_worker(self, action: Start, key: WorkerKey) -> None:
-        view = self.scheduler.view.workers.get(key)
-        if view is None:
+        if key not in self._models:
             raise Violation(f"{action.leg_id} is placed on {key}, which is gone")
-        if view.draining and not isinstance(action, StartDecode):
+        if key in self._draining and not isinstance(action, StartDecode):
             raise Violation(f"{action.leg_id} is placed on {key}, which is draining")
-        model = self.scheduler.view.workers[action.worker].model
-        if view.model != model:
-            raise Violation(f"{action.leg_id} pairs models {model} and {view.model}")
+        model = self._models[action.worker]
+        if self._models[key] != model:
+            raise Violation(f"{action.leg_id} pairs models {model} and {self._models[key]}")
+        view = self.scheduler.view.workers[key]
         client = self.clients[action.request_id]
         context = client.spec.prompt_tokens + len(client.tokens)
         if context >= view.max_model_len_tokens:
             raise Violation(f"{action.leg_id}: {context} tokens do not fit {key}")
 
     @staticmethod
-    def _check_claim(action: StartDecode, client: Client) -> None:
+    def _check_claim(action: StartDecode, client: Client, now_s: float) -> None:
         placed = client.placed
         if placed is None or placed.transfer_id != action.transfer_id:
             raise Violation(f"{action.leg_id} claims {action.transfer_id}, which is not open")
@@ -172,6 +191,7 @@ class Books:
             raise Violation(f"{action.leg_id} is not where its request was placed")
         placed.transfer_id = ""
         placed.leg_id, placed.leg_worker = action.leg_id, action.worker
+        placed.heard_at_s = now_s
 
     def _check_cancel(self, action: CancelLeg) -> None:
         for client in self.clients.values():
@@ -193,7 +213,7 @@ class Books:
         client = self.clients[action.request_id]
         client.end(f"failed: {action.reason}")
         waited_s = now_s - client.queued_since_s if client.queued_since_s >= 0 else 0.0
-        if client.losses < ATTEMPTS_MAX and waited_s <= self.scheduler.queue_deadline_s:
+        if client.losses < LOSSES_MAX and waited_s <= self.scheduler.queue_deadline_s:
             raise Violation(
                 f"{action.request_id} fails after {client.losses} losses, {waited_s:.1f} s queued"
             )
@@ -206,6 +226,15 @@ class Books:
                 placement = policy.place(life.remaining(), self.scheduler.view)
                 if placement is not None:
                     raise Violation(f"{request_id} waits, although {placement.prefill} is there")
+
+    def check_evacuated(self, key: WorkerKey) -> None:
+        """Nobody needs a worker whose drain is over."""
+        for request_id, client in self.clients.items():
+            placed = client.placed
+            if placed is None or client.ended:
+                continue
+            if placed.leg_worker == key or (placed.computing and placed.decode == key):
+                raise Violation(f"{request_id} stays on {key}, whose drain is over")
 
     def check_loads(self, now_s: float) -> None:
         """The scheduler's state against the world's."""
@@ -266,11 +295,13 @@ class Books:
         if placed.transfer_id:
             raise Violation(f"{request_id} {how}, and {placed.transfer_id} was not dropped")
 
-    def check_end(self) -> None:
+    def check_end(self, router_lives: bool) -> None:
         if self.unended():
             raise Violation(f"{self.unended()} never ended")
         for client in self.clients.values():
             self._check_whole(client)
+        if not router_lives:
+            return
         if self.scheduler.lives or self.scheduler._by_leg or self.scheduler._charges:
             raise Violation("the scheduler still holds requests")
         mixed = [str(view.key) for view in self.scheduler.view.workers.values() if view.mixed]

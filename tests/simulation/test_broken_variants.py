@@ -1,4 +1,5 @@
-"""The simulation finds bugs: each variant breaks one rule and is caught within a few schedules."""
+"""The simulation finds bugs in scheduling: each variant breaks one rule and is caught within a few
+schedules."""
 
 from __future__ import annotations
 
@@ -12,12 +13,10 @@ from cluster.scheduler.life import Action, DropTransfer, FailRequest, Finish, Li
 from cluster.scheduler.policies import splitwise
 from cluster.scheduler.policies.splitwise import Splitwise
 from cluster.scheduler.policy import Ask, Placement
-from cluster.scheduler.scheduler import Scheduler, _Charge
+from cluster.scheduler.scheduler import LOSSES_MAX, Scheduler, _Charge
 from cluster.scheduler.view import ClusterView, WorkerKey, WorkerView
+from tests.simulation.catching import SEEDS, assert_caught
 from tests.simulation.world import simulate
-
-SEEDS = range(300)
-
 
 # --- schedulers -----------------------------------------------------------------------------------
 
@@ -62,19 +61,6 @@ class ForgetsTheQueue(Scheduler):
         return []
 
 
-class RetriesTheQueueForNewWorkersOnly(Scheduler):
-    ticks = False
-
-    def on_tick(self, now_s: float) -> list[Action]:
-        self.ticks = True
-        actions = super().on_tick(now_s)
-        self.ticks = False
-        return actions
-
-    def _place_queued(self) -> list[Action]:
-        return [] if self.ticks else super()._place_queued()
-
-
 class GivesUpSilently(Scheduler):
     def on_tick(self, now_s: float) -> list[Action]:
         return [a for a in super().on_tick(now_s) if not isinstance(a, FailRequest)]
@@ -93,8 +79,36 @@ class LeavesRequestsOnLostWorkers(Scheduler):
 
 class GivesUpAfterOneLoss(Scheduler):
     def _move(self, life: Life, now_s: float) -> list[Action]:
-        life.attempts = 4
+        life.losses = LOSSES_MAX
         return super()._move(life, now_s)
+
+
+class KeepsLostWorkers(Scheduler):
+    def on_worker_lost(self, key: WorkerKey, now_s: float) -> list[Action]:
+        worker = self.view.workers[key]
+        actions = super().on_worker_lost(key, now_s)
+        self.view.workers[key] = worker
+        return actions
+
+
+class TakesDrainsForLosses(Scheduler):
+    def on_drain_deadline(self, key: WorkerKey, now_s: float) -> list[Action]:
+        for life in self.lives.values():
+            life.losses += life.depends_on(key)
+        return super().on_drain_deadline(key, now_s)
+
+
+class LeavesRequestsOnDrainedWorkers(Scheduler):
+    def on_drain_deadline(self, key: WorkerKey, now_s: float) -> list[Action]:
+        return []
+
+
+class CountsLegsForItself(Scheduler):
+    """As no other router and no restart knows of."""
+
+    def _place(self, life: Life) -> list[Action] | None:
+        self.new_id = lambda: "1"
+        return super()._place(life)
 
 
 # --- policies -------------------------------------------------------------------------------------
@@ -244,11 +258,14 @@ SCHEDULERS: list[tuple[type[Scheduler], str]] = [
     (KeepsDrawnWorkers, "load of"),
     (HearsFormerLegs, "wrong token|finished: (abort|length) with"),
     (ForgetsTheQueue, "waits, although"),
-    (RetriesTheQueueForNewWorkersOnly, "waits, although"),
     (GivesUpSilently, "is forgotten"),
     (AnswersThoseWhoLeft, "after it left"),
     (LeavesRequestsOnLostWorkers, "lost its place|without a leg|which is gone"),
-    (GivesUpAfterOneLoss, "fails after 1 losses"),
+    (GivesUpAfterOneLoss, "fails after [01] losses"),
+    (KeepsLostWorkers, "which is gone"),
+    (TakesDrainsForLosses, "fails after"),
+    (LeavesRequestsOnDrainedWorkers, "whose drain is over"),
+    (CountsLegsForItself, "starts twice"),
 ]
 POLICIES = [
     (PlacesOnDraining, "is draining"),
@@ -267,12 +284,6 @@ LIVES: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (takes_an_early_stop_for_the_hand_over, r"with \d+ tokens|wrong token|no progress"),
     (takes_the_hand_over_for_the_end, "finished: length with 1 tokens"),
 ]
-
-
-def assert_caught(violation: str, **world: Any) -> None:
-    with pytest.raises(AssertionError, match=rf"seed \d+: Violation: .*({violation})"):
-        for seed in SEEDS:
-            simulate(seed, **world)
 
 
 @pytest.mark.parametrize(("scheduler", "violation"), SCHEDULERS)

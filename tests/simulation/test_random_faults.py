@@ -1,6 +1,7 @@
-"""Thousands of random schedules: clients that leave, workers that die, links that break.
+"""Thousands of random schedules: clients that leave, processes that die, freeze or are cut off,
+streams that break, messages and KV that are lost, repeated, late or overtaken.
 
-`BATON_SCHEDULES` sets how many are played, `BATON_SEED` replays one and prints its events.
+`BATON_SCHEDULES` sets how many are played; `make fuzz SEED=...` replays one.
 """
 
 from __future__ import annotations
@@ -10,50 +11,50 @@ from collections import Counter
 
 import pytest
 
+from cluster.scheduler.life import Phase
 from cluster.scheduler.policies import BUILT_IN
-from tests.simulation.world import NO_FAULTS, World, simulate
+from tests.simulation.faults import NO_FAULTS
+from tests.simulation.world import World, simulate
 
-SCHEDULES = int(os.environ.get("BATON_SCHEDULES", "3000"))
-SEED = os.environ.get("BATON_SEED")
+SCHEDULES = int(os.environ.get("BATON_SCHEDULES", "10000"))
 BATCHES = 10
+ALL_BATCHES_MIN = 1000
+"""In a batch of so many, everything happens."""
 
+NEEDING = (Phase.PREFILLING, Phase.HANDING_OVER, Phase.DECODING)
 HAPPENINGS = (
-    *("kill", "break", "drain", "pool", "lost", "leave", "late", "adopted", "recomputed", "draw"),
+    *("kill", "kill machine", "freeze", "thaw", "cut", "cut off", "uncut", "break", "router ends"),
+    *("Redis ends", "Redis forgets", "drain", "drained", "evacuate", "pool", "leave", "draw"),
+    *(f"cut {ends}" for ends in ("router-worker", "worker-worker", "redis-worker", "redis-router")),
+    *("message lost", "message repeated", "message overtaken", "gap", "ignored twin"),
+    *("KV lost", "KV repeated", "KV overtaken", "late output", "adopted", "recomputed", "swept"),
     *("StartPrefill", "StartDecode", "StartLocal", "CancelLeg", "DropTransfer", "FailRequest"),
+    *(f"{what} {phase}" for what in ("output", "lost while", "moved while") for phase in NEEDING),
+    *(f"{what} {p}" for what in ("left while", "router ended while") for p in (*NEEDING, "queued")),
 )
 
 
-@pytest.mark.skipif(SEED is not None, reason="BATON_SEED asks for one schedule")
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_random_schedules(batch: int) -> None:
     counts: Counter[str] = Counter()
-    for seed in range(batch, SCHEDULES, BATCHES):
+    seeds = range(batch, SCHEDULES, BATCHES)
+    for seed in seeds:
         counts += simulate(seed)
-    if SCHEDULES >= 1000:
+    if len(seeds) >= ALL_BATCHES_MIN:
         # A simulation in which nothing goes wrong any more would pass too.
         assert [name for name in HAPPENINGS if counts[name] == 0] == []
 
 
-@pytest.mark.skipif(SEED is None, reason="only with BATON_SEED")
-def test_one_schedule() -> None:
-    world = World(int(SEED or 0))
-    try:
-        world.run()
-    finally:
-        print(f"\n{world.trace(1_000_000)}")
-
-
-@pytest.mark.skipif(SEED is not None, reason="BATON_SEED asks for one schedule")
 @pytest.mark.parametrize("policy_name", BUILT_IN)
 def test_without_faults_nothing_fails(policy_name: str) -> None:
     for seed in range(100):
         counts = simulate(seed, faults=NO_FAULTS, policy_name=policy_name)
-        assert not counts["FailRequest"] and not counts["late"] and not counts["recomputed"]
+        assert not counts["FailRequest"] and not counts["late output"] and not counts["recomputed"]
 
 
 def test_a_seed_replays_its_schedule() -> None:
-    first, second = World(7), World(7)
-    first.run()
-    second.run()
-    assert first.trace(1_000_000) == second.trace(1_000_000)
-    assert first.trace(1_000_000) != World(8).trace(1_000_000)
+    first, second, other = World(7), World(7), World(8)
+    for world in (first, second, other):
+        world.run()
+    assert first.timeline.trace(1_000_000) == second.timeline.trace(1_000_000)
+    assert first.timeline.trace(1_000_000) != other.timeline.trace(1_000_000)

@@ -1,80 +1,51 @@
-"""A cluster in virtual time: the real scheduler over simulated workers, links and clients.
+"""A cluster in virtual time: real schedulers, real inboxes and the real following of the
+membership, over simulated processes and networks.
 
-Everything random comes from one seed, so a seed replays its schedule exactly. The world plays the
-router's part (`router/cluster_core.py`): it turns the scheduler's actions into messages and hands
-it what workers say. `Books` checks every action and, after each, what the scheduler holds.
+`faults` says what goes wrong and `chaos` makes it happen; what is said travels by `network` from
+`router` to `worker` and back, KV by `kv` from worker to worker. `books` and `watched` check every
+step, and the world that everything comes to its end.
 
-A new fault is a method that breaks something and a rate in `Faults`.
+A new fault is a rate in `Faults` and a method that breaks something.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import heapq
 import itertools
-import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from cluster.scheduler.life import (
-    Action,
-    CancelLeg,
-    Deliver,
-    DropTransfer,
-    Finish,
-    StartDecode,
-    StartLocal,
-    StartPrefill,
-)
+from cluster.membership import WorkerState
 from cluster.scheduler.policies import BUILT_IN, DEFAULT, PolicyOptions, make_policy
-from cluster.scheduler.policy import Ask, PlacementPolicy
+from cluster.scheduler.policy import PlacementPolicy
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.view import Pool, WorkerKey, WorkerView
-from tests.simulation.books import Books, Client, Violation
+from cluster.scheduler.view import Pool, WorkerKey
+from tests.simulation.chaos import FAULTS_S, Chaos
+from tests.simulation.faults import Faults
+from tests.simulation.network import NOTICE_S, SLOW_S, Network
+from tests.simulation.redis import LEASE_S, SimRedis
+from tests.simulation.requests import LONG_MODEL_LEN, SHORT_MODEL_LEN, Spec
+from tests.simulation.router import DESCRIBE_DEADLINE_S, POLL_S, SimRouter
+from tests.simulation.timeline import Timeline
+from tests.simulation.violation import Violation
 from tests.simulation.watched import Watched
-from tests.simulation.worker import LONG_MODEL_LEN, SHORT_MODEL_LEN, SimWorker, Spec
+from tests.simulation.worker import REDIS_DEADLINE_S, SimWorker
 
-TICK_S = 1.0
 ARRIVALS_S = 6.0
-FAULTS_S = 12.0
-END_S = 200.0
+CHECK_S = 1.0
+END_S = 120.0
 """A world that is not done by then makes no progress."""
 TRACE_LINES = 40
 PROMPTS_TOKENS = range(1, LONG_MODEL_LEN // 2)
-Said = StartPrefill | StartDecode | StartLocal | CancelLeg | DropTransfer
-"""Actions that are messages to a worker."""
 
-
-@dataclass(frozen=True, slots=True)
-class Faults:
-    """Events in a virtual second, or shares of what they befall."""
-
-    kills_per_s: float = 0.25
-    breaks_per_s: float = 0.15
-    """A link breaks while its worker lives on: both ends notice, and later it is there again."""
-    drains_per_s: float = 0.15
-    pool_changes_per_s: float = 0.2
-    client_aborts: float = 0.2
-    engine_errors: float = 0.02
-    failed_transfers: float = 0.1
-    answered_cancels: float = 0.5
-    """A cancelled leg still says that it was aborted."""
-
-
-NO_FAULTS = Faults(0, 0, 0, 0, 0, 0, 0, 0)
-
-
-@dataclass(slots=True, eq=False)
-class Link:
-    """A stream to a worker: in order both ways until it breaks."""
-
-    worker: SimWorker
-    down_at_s: float = 0.0
-    up_at_s: float = 0.0
-    down_broken: bool = False
-    up_ends_s: float = float("inf")
+SILENT_S = LEASE_S + POLL_S + 0.2
+"""A router knows by then that a worker is frozen, or its machine gone, if Redis can be asked."""
+CONNECTED_S = DESCRIBE_DEADLINE_S + LEASE_S + 3 * POLL_S
+"""It knows by then that a worker is there."""
+RENEWS_S = LEASE_S + REDIS_DEADLINE_S + 2 * POLL_S
+"""A worker's lapse is told by then, and it has its lease again."""
+STUCK_S = 8.0
+"""A leg that says nothing for so long on a worker that can is stuck."""
 
 
 class World:
@@ -86,39 +57,35 @@ class World:
         policy_name: str | None = None,
         make_scheduler: Callable[..., Scheduler] = Scheduler,
     ) -> None:
-        self.seed = seed
-        self.random = random.Random(seed)
-        scale = self.random.choice((0.0, 0.5, 1.0, 2.0))
-        self.faults = faults or _scaled(Faults(), scale)
-        self.now_s = 0.0
-        self.workers: dict[WorkerKey, SimWorker] = {}
-        """Those that live."""
-        self.links: dict[WorkerKey, Link] = {}
-        """Those that the router holds open."""
-        self.counts: Counter[str] = Counter()
-        self._trace: list[tuple[float, str, tuple[object, ...]]] = []
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
+        timeline = self.timeline = Timeline(seed)
+        rng = timeline.random
+        self.faults = Faults().drawn(rng) if faults is None else faults
+        self.network = Network(timeline, self.faults)
+        self.redis = SimRedis(timeline)
+        self.workers: dict[str, SimWorker] = {}
+        """By name; a new start takes the place of the one before."""
+        self.routers: dict[str, SimRouter] = {}
+        self.inbox_bytes = 1000 if timeline.chance(self.faults.full_inboxes) else 10**6
+        self.legs_seen: set[str] = set()
+        self._ended_routers: list[SimRouter] = []
         self._incarnations = itertools.count(1)
-        self._orphans: set[str] = set()
-        """Transfers whose end the router could not tell: left to the inbox's own sweep."""
-        leg_suffixes = itertools.count(1)
+        self._legs = itertools.count(1)
+        self._make_scheduler = make_scheduler
+        self._gone_s = NOTICE_S[1] + 0.2 + (SLOW_S[1] if self.faults.slow_messages else 0.0)
+        """A router knows by then that a worker's process has ended."""
+        self._queue_deadline_s = rng.choice((3.0, 30.0))
         options = PolicyOptions(
-            local_prompt_tokens=self.random.choice((0, 0, 20)),
-            queue_threshold_tokens=self.random.choice((1, 100, 400, 8192)),
-            rng=self.random,
+            local_prompt_tokens=rng.choice((0, 0, 20)),
+            queue_threshold_tokens=rng.choice((1, 100, 400, 8192)),
+            rng=rng,
+            hand_over=rng.choice(("always", "always", "cheaper")),
         )
         self.policies = {name: Watched(make_policy(name, options)) for name in BUILT_IN}
-        policy_name = policy_name or self.random.choice((*[DEFAULT] * 3, *BUILT_IN))
+        policy_name = policy_name or rng.choice((*[DEFAULT] * 3, *BUILT_IN))
         self.policy = Watched(policy) if policy else self.policies[policy_name]
-        self.own_policies = self.random.choice((0.0, 0.0, 0.3))
-        self.scheduler = make_scheduler(
-            policy=self.policy,
-            new_id=lambda: str(next(leg_suffixes)),
-            queue_deadline_s=self.random.choice((3.0, 30.0)),
-        )
-        self.books = Books(self.scheduler)
+        self._own_policies = rng.choice((0.0, 0.0, 0.3))
         self._plan()
+        self.chaos = Chaos(self)
 
     def run(self) -> Counter[str]:
         """Play the schedule to its end. Returns how often what happened.
@@ -126,250 +93,175 @@ class World:
         Raises:
             Violation
         """
-        while self._events:
-            self.now_s, _, event = heapq.heappop(self._events)
+        timeline = self.timeline
+        next_check_s = CHECK_S
+        while True:
+            event = timeline.next()
+            if timeline.now_s >= next_check_s:
+                next_check_s = timeline.now_s + CHECK_S
+                self._check()
+                if timeline.now_s > FAULTS_S and self._settled():
+                    break
+                if timeline.now_s > END_S:
+                    raise Violation(f"no progress: {self._unsettled()}")
             event()
-            if self.now_s > END_S:
-                raise Violation(f"no progress: {self.books.unended()} still wait")
-        self.books.check_end()
-        self.counts["draw"] = sum(p.draws for p in {self.policy, *self.policies.values()})
-        for worker in self.workers.values():
-            left = set(worker.transfers) - self._orphans
-            if worker.legs or left:
-                raise Violation(f"{worker.key} still holds legs {set(worker.legs)}, KV {left}")
-        return self.counts
+        for router in self._all_routers():
+            router.books.check_end(router.alive)
+        timeline.counts["draw"] = sum(p.draws for p in {self.policy, *self.policies.values()})
+        return timeline.counts
 
-    def trace(self, lines: int) -> str:
-        """The last events, one a line."""
-        return "\n".join(
-            f"{at_s:9.3f}  {what:<14} {' '.join(map(str, values))}"
-            for at_s, what, values in self._trace[-lines:]
+    # --- processes, started anew by the controller
+
+    def new_scheduler(self) -> Scheduler:
+        return self._make_scheduler(
+            policy=self.policy,
+            new_id=lambda: str(next(self._legs)),
+            queue_deadline_s=self._queue_deadline_s,
         )
 
-    # --- time and chance
+    def start_router(self, name: str) -> None:
+        if name in self.routers:
+            self._ended_routers.append(self.routers[name])
+        self.routers[name] = SimRouter(self, name)
 
-    def at(self, time_s: float, event: Callable[[], None]) -> None:
-        heapq.heappush(self._events, (time_s, next(self._order), event))
+    def start_worker(self, worker_id: str, pool: Pool, model: str, length: int) -> None:
+        key = WorkerKey(worker_id, f"i{next(self._incarnations)}")
+        self.workers[worker_id] = SimWorker(self, key, pool, model, length)
 
-    def after(self, low_s: float, high_s: float, event: Callable[[], None]) -> None:
-        self.at(self.now_s + self.random.uniform(low_s, high_s), event)
+    def start_again(self, ended: SimWorker) -> None:
+        pool = self.timeline.random.choice(tuple(Pool))
 
-    def chance(self, share: float) -> bool:
-        return self.random.random() < share
+        def start() -> None:
+            if self.workers[ended.name] is ended:
+                self.start_worker(ended.name, pool, ended.model, ended.model_len_tokens)
 
-    def _note(self, what: str, *values: object) -> None:
-        self.counts[what] += 1
-        self._trace.append((self.now_s, what, values))
+        self.timeline.after(0.1, 5.0, start)
+
+    def start_last_worker(self) -> None:
+        """One that takes every prompt, if none is left."""
+        alive = [worker for worker in self.workers.values() if worker.alive]
+        if not any(worker.model_len_tokens == LONG_MODEL_LEN for worker in alive):
+            self.start_worker("last", Pool.PREFILL, "m", LONG_MODEL_LEN)
 
     # --- the schedule
 
     def _plan(self) -> None:
-        rng = self.random
+        rng = self.timeline.random
         models = rng.choice((("m",), ("m",), ("m",), ("m", "n")))
         lengths = rng.choice(((LONG_MODEL_LEN,), (LONG_MODEL_LEN, SHORT_MODEL_LEN)))
+        for name in ("r0", "r1")[: rng.choice((1, 1, 2))]:
+            self.start_router(name)
         for i in range(rng.randint(1, 5)):
-            pool = rng.choice(tuple(Pool))
             # The first takes every prompt: with nothing broken, nothing has to fail.
             length = rng.choice(lengths) if i else LONG_MODEL_LEN
-            self._start_worker(f"w{i}", pool, rng.choice(models), length)
-        for i in range(rng.randint(2, 14)):
-            spec = Spec(
-                request_id=f"r{i}",
-                # Now and then one that fits a short model by a single token.
-                prompt_tokens=rng.choice((*rng.choices(PROMPTS_TOKENS, k=5), SHORT_MODEL_LEN - 1)),
-                max_tokens=rng.choice((1, 2, 5, 20, 40, LONG_MODEL_LEN)),
-                stops_after=rng.choice((1, 2, 4, 15, 30, LONG_MODEL_LEN * 2)),
-                can_hand_over=rng.random() < 0.9,
-            )
-            arrives_s = rng.uniform(0.0, ARRIVALS_S)
-            self.at(arrives_s, lambda spec=spec: self._arrive(spec))  # type: ignore[misc]
-            if self.chance(self.faults.client_aborts):
-                leaves_s = arrives_s + rng.choice((0.0, 0.2, 1.0, 4.0)) * rng.random()
-                self.at(leaves_s, lambda spec=spec: self._leave(spec))  # type: ignore[misc]
-        self._plan_faults(self.faults.kills_per_s, self._kill)
-        self._plan_faults(self.faults.breaks_per_s, self._break_link)
-        self._plan_faults(self.faults.drains_per_s, self._drain)
-        self._plan_faults(self.faults.pool_changes_per_s, self._change_pool)
-        self.at(FAULTS_S, self._heal)
-        self.at(TICK_S, self._tick)
+            self.start_worker(f"w{i}", rng.choice(tuple(Pool)), rng.choice(models), length)
+        requests = rng.randint(2, 14)
+        # Clients of two routers may come with the same ids.
+        ids = {name: iter(range(requests)) for name in self.routers}
+        for _ in range(requests):
+            router = rng.choice(tuple(self.routers))
+            self._plan_request(router, f"q{next(ids[router])}")
 
-    def _plan_faults(self, per_s: float, fault: Callable[[], None]) -> None:
-        time_s = 0.0
-        while per_s > 0 and (time_s := time_s + self.random.expovariate(per_s)) < FAULTS_S:
-            self.at(time_s, fault)
-
-    def _start_worker(self, worker_id: str, pool: Pool, model: str, length: int) -> None:
-        key = WorkerKey(worker_id, f"i{next(self._incarnations)}")
-        worker = self.workers[key] = SimWorker(self, key, pool, model, length)
-        self.after(0.0, 0.1, lambda: self._connect(worker))
-
-    def _kill(self) -> None:
-        if not self.workers:
-            return
-        worker = self.random.choice(list(self.workers.values()))
-        self._note("kill", worker.key)
-        del self.workers[worker.key]
-        worker.die()
-        self._cut(worker)
-        if self.chance(0.7):
-            pool = self.random.choice(tuple(Pool))
-            self.after(
-                0.1,
-                5.0,
-                lambda: self._start_worker(
-                    worker.key.worker_id, pool, worker.model, worker.model_len_tokens
-                ),
-            )
-
-    def _break_link(self) -> None:
-        links = [link for link in self.links.values() if not link.down_broken]
-        if not links:
-            return
-        worker = self.random.choice(links).worker
-        self._note("break", worker.key)
-        router_notices_s = self._cut(worker)
-        worker_notices_s = self.now_s + self.random.uniform(0.0, 1.0)
-        self.at(worker_notices_s, worker.end_stream)
-        again_s = max(router_notices_s, worker_notices_s) + self.random.uniform(0.01, 1.0)
-        self.at(again_s, lambda: self._connect(worker))
-
-    def _cut(self, worker: SimWorker) -> float:
-        """What is on its way is lost, or some of it. Returns when the router notices."""
-        notices_s = self.now_s + self.random.uniform(0.0, 1.0)
-        link = self.links.get(worker.key)
-        if link is not None and not link.down_broken:
-            link.down_broken = True
-            link.up_ends_s = self.random.uniform(self.now_s, notices_s)
-            self.at(notices_s, lambda: self._lose(link))
-        return notices_s
-
-    def _drain(self) -> None:
-        views = list(self.scheduler.view.workers.values())
-        if views:
-            view = self.random.choice(views)
-            view.draining = True
-            self._note("drain", view.key)
-            self.after(0.5, 6.0, lambda: setattr(view, "draining", False))
-
-    def _change_pool(self) -> None:
-        views = list(self.scheduler.view.workers.values())
-        if views:
-            view = self.random.choice(views)
-            view.pool = self.random.choice(tuple(Pool))
-            self._note("pool", view.key, view.pool)
-
-    def _heal(self) -> None:
-        """From here on nothing breaks, so everything must come to its end."""
-        self._note("heal")
-        if not any(w.model_len_tokens == LONG_MODEL_LEN for w in self.workers.values()):
-            self._start_worker("last", Pool.PREFILL, "m", LONG_MODEL_LEN)
-
-    # --- the router's part ------------------------------------------------------------------------
-
-    def _arrive(self, spec: Spec) -> None:
-        self._note("arrive", spec)
-        self.books.clients[spec.request_id] = Client(spec)
-        ask = Ask(
-            spec.request_id, spec.prompt_tokens, spec.max_tokens, can_hand_over=spec.can_hand_over
+    def _plan_request(self, router: str, request_id: str) -> None:
+        timeline = self.timeline
+        rng = timeline.random
+        spec = Spec(
+            request_id=request_id,
+            text=f"{router}:{request_id}",
+            # Now and then one that fits a short model by a single token.
+            prompt_tokens=rng.choice((*rng.choices(PROMPTS_TOKENS, k=5), SHORT_MODEL_LEN - 1)),
+            max_tokens=rng.choice((1, 2, 5, 20, 40, LONG_MODEL_LEN)),
+            stops_after=rng.choice((1, 2, 4, 15, 30, LONG_MODEL_LEN * 2)),
+            can_hand_over=rng.random() < 0.9,
         )
-        policy = None
-        if self.chance(self.own_policies):
-            policy = self.random.choice(list(self.policies.values()))
-        self._carry_out(self.scheduler.on_arrival(ask, self.now_s, policy))
+        policy = rng.choice(list(self.policies.values()))
+        own = policy if timeline.chance(self._own_policies) else None
+        arrives_s = rng.uniform(0.0, ARRIVALS_S)
 
-    def _leave(self, spec: Spec) -> None:
-        client = self.books.clients[spec.request_id]
-        self._note("leave", spec.request_id)
-        if not client.ended:
-            client.end("left")
-        self._carry_out(self.scheduler.on_abort(spec.request_id))
+        def come() -> None:
+            at = self.routers[router]
+            at.run(lambda: at.arrive(spec, own))
 
-    def _tick(self) -> None:
-        self._carry_out(self.scheduler.on_tick(self.now_s))
-        self.books.check_queue()
-        if self.now_s < FAULTS_S or self.books.unended():
-            self.at(self.now_s + TICK_S, self._tick)
+        def leave() -> None:
+            at = self.routers[router]
+            at.run(lambda: at.leave(spec))
 
-    def _connect(self, worker: SimWorker) -> None:
-        if not worker.alive:
+        timeline.at(arrives_s, come)
+        if timeline.chance(self.faults.client_aborts):
+            timeline.at(arrives_s + rng.choice((0.0, 0.2, 1.0, 4.0)) * rng.random(), leave)
+
+    # --- what must hold of the whole
+
+    def _check(self) -> None:
+        for worker in self.workers.values():
+            for leg in worker.legs.values():
+                if worker.runs and not leg.stream.open_at_worker:
+                    raise Violation(f"{leg.leg_id} runs for nobody on {worker.key}")
+        for router in self.routers.values():
+            if router.runs:
+                self._check_links(router)
+                self._check_progress(router)
+
+    def _check_links(self, router: SimRouter) -> None:
+        """A router finds out who is gone, and who is there, and in time."""
+        calm_s, now_s = self.network.calm_s, self.timeline.now_s
+        for worker in self.workers.values():
+            stream = router.links.get(worker.key)
+            if stream is None:
+                if calm_s(router, worker, self.redis) > CONNECTED_S:
+                    raise Violation(f"{router.name} does not use {worker.key}, which is there")
+                continue
+            if worker.runs:
+                continue
+            away_s = now_s - max(worker.changed_at_s, stream.opened_at_s)
+            ended = not (worker.alive or worker.silent_end or self.network.is_cut(router, worker))
+            if ended and min(away_s, calm_s(router)) > self._gone_s:
+                raise Violation(f"{router.name} keeps {worker.key}, which ended")
+            told_s = min(calm_s(router, self.redis), now_s - router.leases.trusted_from_s)
+            if min(away_s, told_s) > SILENT_S:
+                raise Violation(f"{router.name} keeps {worker.key}, which is silent")
+
+    def check_lapse(self, router: SimRouter, worker: SimWorker) -> None:
+        """Where the worker has its lease, nothing but Redis can have failed it."""
+        network, redis = self.network, self.redis
+        if not worker.runs or worker.record.state is not WorkerState.READY:
             return
-        self._note("up", worker.key, worker.pool, worker.model, worker.model_len_tokens)
-        if worker.key in self.links:
-            raise RuntimeError(f"{worker.key} is connected twice")
-        self.links[worker.key] = Link(worker, self.now_s, self.now_s)
-        view = WorkerView(
-            worker.key, worker.pool, worker.model, worker.model_len_tokens, kv_tokens=2000
-        )
-        self._carry_out(self.scheduler.on_worker_up(view))
-        self.books.check_queue()
+        renews_s = min(network.calm_s(worker), network.pair_calm_s(worker, redis))
+        if renews_s > RENEWS_S:
+            raise Violation(f"{router.name} gives up {worker.key}, which keeps its lease")
 
-    def _lose(self, link: Link) -> None:
-        key = link.worker.key
-        self._note("lost", key)
-        del self.links[key]
-        self._orphans |= self.books.transfers_to.get(key, set())
-        self.books.on_worker_lost(key)
-        self._carry_out(self.scheduler.on_worker_lost(key, self.now_s))
+    def _check_progress(self, router: SimRouter) -> None:
+        for request_id, client in router.books.clients.items():
+            placed = client.placed
+            if placed is None or client.ended:
+                continue
+            worker = self.workers.get(placed.leg_worker.worker_id)
+            if worker is None or worker.key != placed.leg_worker:
+                continue
+            quiet_s = self.timeline.now_s - placed.heard_at_s
+            if min(quiet_s, self.network.calm_s(router, worker)) > STUCK_S:
+                raise Violation(f"{request_id} is stuck: {placed.leg_id} says nothing")
 
-    def say(self, worker: SimWorker, leg_id: str, tokens: list[int], finish: Finish | None) -> None:
-        self._send_up(worker, lambda: self._on_output(worker, leg_id, tokens, finish))
+    def _settled(self) -> bool:
+        return not self._unsettled()
 
-    def say_adopted(self, worker: SimWorker, leg_id: str, whole: bool) -> None:
-        self._send_up(worker, lambda: self._on_adopted(leg_id, whole))
+    def _unsettled(self) -> list[str]:
+        """Who still waits, and who still holds something."""
+        waiting = [
+            f"{router.name}:{request_id} waits"
+            for router in self._all_routers()
+            for request_id in router.books.unended()
+        ]
+        holding = [
+            f"{worker.key} holds legs {set(worker.legs)}, "
+            f"KV of {worker.inbox.transfers_held} in {worker.inbox.bytes_held} bytes"
+            for worker in self.workers.values()
+            if worker.alive and not worker.idle
+        ]
+        return waiting + holding
 
-    def _send_up(self, worker: SimWorker, deliver: Callable[[], None]) -> None:
-        link = self.links.get(worker.key)
-        if link is None:
-            return
-        link.up_at_s = max(link.up_at_s, self.now_s + self.random.uniform(0.001, 0.1))
-        arrives_s = link.up_at_s
-
-        def arrive() -> None:
-            if arrives_s <= link.up_ends_s and self.links.get(worker.key) is link:
-                deliver()
-
-        self.at(arrives_s, arrive)
-
-    def _send_down(self, key: WorkerKey, action: Action) -> None:
-        link = self.links.get(key)
-        if link is None:
-            return
-        link.down_at_s = max(link.down_at_s, self.now_s + self.random.uniform(0.001, 0.1))
-
-        def arrive() -> None:
-            if link.worker.alive and not link.down_broken:
-                link.worker.handle(action)
-
-        self.at(link.down_at_s, arrive)
-
-    def _on_output(
-        self, worker: SimWorker, leg_id: str, tokens: list[int], finish: Finish | None
-    ) -> None:
-        usage = self.random.random()
-        self.scheduler.on_load(worker.key, len(worker.legs), 0, usage)
-        life = self.scheduler.life_of_leg(leg_id)
-        self._note("output" if life else "late", leg_id, len(tokens), finish or "")
-        if life is None:
-            return
-        self.books.on_output(life.ask.request_id, finish)
-        actions = self.scheduler.on_output(leg_id, tokens, finish)
-        for action in actions:
-            if isinstance(action, Deliver):
-                self.books.clients[action.request_id].deliver(tokens, action.finish)
-        self._carry_out(actions)
-
-    def _on_adopted(self, leg_id: str, whole: bool) -> None:
-        known = self.scheduler.on_adopted(leg_id, whole) is not None
-        self._note("adopted" if whole else "recomputed", leg_id, "" if known else "late")
-
-    def _carry_out(self, actions: list[Action]) -> None:
-        for action in actions:
-            if not isinstance(action, Deliver):
-                self._note(type(action).__name__, *_values(action))
-            self.books.check_action(action, self.now_s)
-            if isinstance(action, Said):
-                self._send_down(action.worker, action)
-        self.books.check_loads(self.now_s)
+    def _all_routers(self) -> list[SimRouter]:
+        return [*self.routers.values(), *self._ended_routers]
 
 
 def simulate(seed: int, **world: Any) -> Counter[str]:
@@ -383,17 +275,10 @@ def simulate(seed: int, **world: Any) -> Counter[str]:
         return played.run()
     except Exception as error:
         raise AssertionError(
-            f"seed {seed}: {type(error).__name__}: {error}\n{played.trace(TRACE_LINES)}\n"
-            f"replay: BATON_SEED={seed} python -m pytest -s tests/simulation/test_random_faults.py"
+            f"seed {seed}: {type(error).__name__}: {error}\n{played.timeline.trace(TRACE_LINES)}\n"
+            f"replay: {replay_command(seed)}"
         ) from error
 
 
-def _scaled(faults: Faults, scale: float) -> Faults:
-    rates = {name: getattr(faults, name) * scale for name in Faults.__slots__ if "per_s" in name}
-    return dataclasses.replace(faults, **rates)
-
-
-def _values(action: Action) -> tuple[object, ...]:
-    """An action in a trace: without the tokens themselves."""
-    values = (getattr(action, name) for name in action.__slots__)
-    return tuple(f"after {len(v)}" if isinstance(v, tuple) else v for v in values)
+def replay_command(seed: int) -> str:
+    return f"make fuzz SEED={seed}"

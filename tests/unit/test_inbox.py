@@ -157,6 +157,9 @@ def test_two_frames_a_layer_become_a_whole_transfer_taken_once() -> None:
     assert inbox.take("t") is None
     assert inbox.peek("t") is None
     assert (inbox.bytes_held, inbox.transfers_held) == (0, 0)
+    # Frames that come twice do not open it again.
+    assert inbox.receive(open_frame()) == (TransferState.FAILED, "the transfer is over")
+    assert (inbox.bytes_held, inbox.transfers_held) == (0, 0)
 
 
 @given(data=st.data())
@@ -328,7 +331,7 @@ def test_frames_after_a_drop_are_refused(arrived: int) -> None:
     inbox.drop("t", "the router gave it up")
     assert (inbox.bytes_held, inbox.transfers_held) == (0, 0)
     for frame in frames[arrived:]:
-        assert inbox.receive(frame) == (TransferState.FAILED, "the transfer was dropped")
+        assert inbox.receive(frame) == (TransferState.FAILED, "the transfer is over")
     assert inbox.take("t") is None
     assert (inbox.bytes_held, inbox.transfers_held) == (0, 0)
 
@@ -630,6 +633,7 @@ class InboxMachine(RuleBasedStateMachine):
         assert len(arrived) == len(set(arrived))
         assert set(arrived) == expected.all_cells()
         del self.model[transfer_id]
+        self.dropped[transfer_id] = self.clock.now_s
 
     @rule(transfer_id=IDS)
     def fail(self, transfer_id: str) -> None:

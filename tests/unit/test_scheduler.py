@@ -20,7 +20,7 @@ from cluster.scheduler.life import (
 )
 from cluster.scheduler.policies.splitwise import Splitwise
 from cluster.scheduler.policy import Ask, Placement
-from cluster.scheduler.scheduler import ATTEMPTS_MAX, Scheduler
+from cluster.scheduler.scheduler import LOSSES_MAX, Scheduler
 from cluster.scheduler.view import ClusterView, Pool, WorkerKey, WorkerView
 
 P, D, D2 = WorkerKey("p", "i1"), WorkerKey("d", "i1"), WorkerKey("d2", "i1")
@@ -175,14 +175,31 @@ def test_losing_the_prefill_worker_after_the_hand_over_changes_nothing() -> None
 
 def test_a_request_fails_when_it_lost_its_worker_too_often() -> None:
     scheduler = empty()
-    for attempt in range(1, ATTEMPTS_MAX + 1):
+    for attempt in range(1, LOSSES_MAX + 1):
         key = WorkerKey("w", f"i{attempt}")
         add(scheduler, key, Pool.DECODE)
         if attempt == 1:
             scheduler.on_arrival(ASK, 0.0)
         actions = scheduler.on_worker_lost(key, 1.0)
-        assert actions == [] or attempt == ATTEMPTS_MAX
-    assert actions == [FailRequest("r", f"it lost its worker {ATTEMPTS_MAX} times")]
+        assert actions == [] or attempt == LOSSES_MAX
+    assert actions == [FailRequest("r", f"it lost its worker {LOSSES_MAX} times")]
+    assert_idle(scheduler)
+
+
+def test_draining_workers_take_none_of_the_losses_a_request_may_have() -> None:
+    scheduler = empty()
+    drains = 2 * LOSSES_MAX
+    for i in range(drains + 1):
+        add(scheduler, WorkerKey("w", f"i{i}"), Pool.DECODE)
+    scheduler.on_arrival(ASK, 0.0)
+    for i in range(drains):
+        key = WorkerKey("w", f"i{i}")
+        scheduler.view.workers[key].draining = True
+        actions = scheduler.on_drain_deadline(key, 1.0)
+        assert not any(isinstance(a, FailRequest) for a in actions)
+        scheduler.on_worker_lost(key, 2.0)
+    assert scheduler.lives["r"].losses == 0
+    scheduler.on_abort("r")
     assert_idle(scheduler)
 
 

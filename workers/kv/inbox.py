@@ -107,7 +107,8 @@ class Inbox:
         self._clock = clock
         self._lock = threading.Lock()
         self._transfers: dict[str, _Transfer] = {}
-        self._dropped: dict[str, float] = {}
+        self._over: dict[str, float] = {}
+        """Dropped or adopted, and when: what still comes of them is refused."""
         self._bytes = 0
 
     @property
@@ -122,8 +123,8 @@ class Inbox:
         """Take a frame in. Returns whether going on makes sense, and if not, why."""
         transfer_id = frame.header.transfer_id
         with self._lock:
-            if transfer_id in self._dropped:
-                return TransferState.FAILED, "the transfer was dropped"
+            if transfer_id in self._over:
+                return TransferState.FAILED, "the transfer is over"
             transfer = self._get(transfer_id)
             if transfer.state is TransferState.ARRIVING:
                 reason = self._take(transfer, frame)
@@ -147,9 +148,9 @@ class Inbox:
     ) -> None:
         """A decode leg claims the transfer. `on_settled` is called once, maybe at once."""
         with self._lock:
-            if transfer_id in self._dropped:
+            if transfer_id in self._over:
                 settled: Settled | None = Settled(
-                    transfer_id, False, "the transfer was dropped", 0, 0, 0.0
+                    transfer_id, False, "the transfer is over", 0, 0, 0.0
                 )
             else:
                 settled = None
@@ -181,13 +182,14 @@ class Inbox:
             if transfer is None or transfer.state is not TransferState.WHOLE:
                 return None
             self._forget(transfer)
+            self._over[transfer_id] = self._clock()
             return transfer.frames
 
     def drop(self, transfer_id: str, reason: str) -> None:
         """Free what a transfer holds; frames that still come are refused."""
         with self._lock:
             transfer = self._transfers.get(transfer_id)
-            self._dropped[transfer_id] = self._clock()
+            self._over[transfer_id] = self._clock()
             if transfer is None:
                 return
             if transfer.state is not TransferState.FAILED:
@@ -213,8 +215,8 @@ class Inbox:
         now = self._clock()
         with self._lock:
             idle = [t for t in self._transfers.values() if now - t.changed_at_s > self._max_idle_s]
-            for old in [i for i, at in self._dropped.items() if now - at > 4 * self._max_idle_s]:
-                del self._dropped[old]
+            for old in [i for i, at in self._over.items() if now - at > 4 * self._max_idle_s]:
+                del self._over[old]
         for transfer in idle:
             self.drop(transfer.transfer_id, f"nobody touched it for {self._max_idle_s:g} s")
         return [transfer.transfer_id for transfer in idle]

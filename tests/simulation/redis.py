@@ -1,0 +1,34 @@
+"""Redis as the membership uses it: records with a lease, and drains that were asked for."""
+
+from __future__ import annotations
+
+from cluster.membership import DrainRequest, WorkerRecord
+from tests.simulation.timeline import Node, Timeline
+
+LEASE_S = 2.4
+
+
+class SimRedis(Node):
+    def __init__(self, timeline: Timeline) -> None:
+        super().__init__(timeline, "redis")
+        self.drains: dict[str, DrainRequest] = {}
+        self.run_id = 1
+        self._records: dict[str, tuple[WorkerRecord, float]] = {}
+
+    def put_worker(self, record: WorkerRecord) -> None:
+        self._records[record.worker_id] = (record, self.timeline.now_s + LEASE_S)
+
+    def remove_worker(self, record: WorkerRecord) -> None:
+        self._records.pop(record.worker_id, None)
+
+    def workers(self) -> list[WorkerRecord]:
+        now_s = self.timeline.now_s
+        return [record for record, until_s in self._records.values() if now_s < until_s]
+
+    def restart(self, keeps: bool) -> None:
+        self.alive = True
+        self.run_id += 1
+        self.changed_at_s = self.timeline.now_s
+        if not keeps:
+            self._records.clear()
+            self.drains.clear()
