@@ -90,6 +90,9 @@ class BatonConfig(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="address the router listens on")
     port: int = Field(8000, ge=1, le=65535, description="port the router listens on")
+    routers: int = Field(
+        1, ge=1, le=64, description="routers, which listen on the port and those after it"
+    )
     prefill: int = Field(1, ge=0, description="workers in the prefill pool")
     decode: int = Field(1, ge=0, description="workers in the decode pool")
     prefill_accelerator: str | None = Field(None, description="only this accelerator prefills")
@@ -188,6 +191,8 @@ def load_config(flags: dict[str, Any]) -> BatonConfig:
         raise BadConfig(f"{file}: it must hold names and values, as in `port: 8000`") from error
     except Exception as error:
         raise BadConfig(f"{file}: {error}") from error
+    if config.port + config.routers > 65536:
+        raise BadConfig(f"port: there are no {config.routers} ports from {config.port} on")
     if config.prefill + config.decode == 0:
         raise BadConfig("prefill and decode are both 0: at least one worker is needed")
     return config

@@ -26,6 +26,7 @@ from cluster.membership import (
     DRAINED,
     REDIS_ERRORS,
     DesiredPools,
+    DrainRequest,
     Membership,
     WorkerRecord,
     WorkerState,
@@ -50,6 +51,8 @@ RECONCILE_EVERY_S = 0.5
 PLACE_DEADLINE_S = 60.0
 ANSWER_DEADLINE_S = 3.0
 STOP_DEADLINE_S = 15.0
+ROLL_DEADLINE_S = 30.0
+"""For the requests of a worker that makes way for one with newer settings."""
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 1.0, 60.0
 HEALTHY_AFTER_S = 60.0
 """A worker that served this long, and was not stuck meanwhile, starts over with the first
@@ -86,6 +89,9 @@ class _Slot:
     worker_id: str
     pool: Pool
     incarnation: str = ""
+    settings: ControllerSettings | None = None
+    """It was started with these."""
+    drain_asked: bool = False
     actor: Any = None
     group: PlacementGroup | None = None
     node: str = ""
@@ -110,14 +116,18 @@ class Controller:
         self._redis = open_redis(self._settings.redis_url)
         self._membership = Membership(self._redis, self._settings.cluster, self._settings.lease_s)
         self._slots: dict[str, _Slot] = {}
+        self._ready: set[str] = set()
+        """Incarnations that serve."""
         self._desired = DesiredPools(0, 0)
         self._stopping = False
         self._on_gpu = on_gpu()
         self._loop: asyncio.Task[None] | None = None
         self._problem = ""
 
-    async def start(self, prefill: int, decode: int) -> None:
-        """Want these pools, and start keeping them."""
+    async def start(self, settings_json: str, prefill: int, decode: int) -> None:
+        """Want these pools, and start keeping them. Workers with older settings than these make way
+        one by one."""
+        self._settings = ControllerSettings.from_json(settings_json)
         await self._membership.set_desired(DesiredPools(prefill, decode))
         if self._loop is None:
             self._loop = asyncio.create_task(self._run(), name="reconcile")
@@ -160,17 +170,19 @@ class Controller:
             records = {record.incarnation: record for record in await self._membership.workers()}
         except REDIS_ERRORS:
             # Leases say nothing.
+            self._ready.clear()
             for slot in self._slots.values():
                 slot.seen_at_s = now
             return
+        self._ready = {i for i, record in records.items() if record.state is WorkerState.READY}
         for slot in self._slots.values():
             if slot.task is None:
                 if slot.failure not in ("", DRAINED):
                     # It waits out its back-off: a record holds for one lease only.
                     await self._record(slot, WorkerState.FAILED, slot.failure)
-            elif record := records.get(slot.incarnation):
+            elif slot.incarnation in records:
                 slot.seen_at_s = now
-                if record.state is WorkerState.READY:
+                if slot.incarnation in self._ready:
                     slot.ready_at_s = slot.ready_at_s or now
             elif slot.ready_at_s and now - slot.seen_at_s > self._settings.stuck_after_s:
                 slot.lapsed.set()
@@ -186,6 +198,20 @@ class Controller:
         due = [s for s in self._slots.values() if s.task is None and now >= s.retry_at_s]
         if due:
             await self._start(due)
+        await self._roll()
+
+    async def _roll(self) -> None:
+        """Have a worker with older settings drained, if all others serve."""
+        slots = self._slots.values()
+        stale = [slot for slot in slots if slot.settings != self._settings]
+        if not stale or not all(s.incarnation in self._ready and not s.drain_asked for s in slots):
+            return
+        slot = stale[0]
+        logger.info("%s drains to start anew with newer settings", slot.worker_id)
+        request = DrainRequest(slot.incarnation, time.time() + ROLL_DEADLINE_S)
+        with contextlib.suppress(*REDIS_ERRORS):
+            await self._membership.ask_drain(slot.worker_id, request, 2 * ROLL_DEADLINE_S)
+            slot.drain_asked = True
 
     async def _start(self, slots: list[_Slot]) -> None:
         """Choose nodes for these workers together, and start them there."""
@@ -214,7 +240,7 @@ class Controller:
             slot.node = addresses[placement.node_id]
             slot.starts += 1
             slot.incarnation = uuid.uuid4().hex[:12]
-            slot.ready_at_s = 0.0
+            slot.settings, slot.drain_asked, slot.ready_at_s = self._settings, False, 0.0
             slot.lapsed.clear()
             slot.task = asyncio.create_task(self._live(slot), name=slot.worker_id)
 
@@ -359,7 +385,7 @@ class Controller:
 async def start_controller(
     settings: ControllerSettings, prefill: int, decode: int, keep: bool
 ) -> Any:
-    """The cluster's controller, started if it does not run yet.
+    """The cluster's controller, started if it does not run yet: there is one, whoever asks.
 
     keep: it and the workers outlive this process; `baton down` stops them.
     """
@@ -375,8 +401,16 @@ async def start_controller(
         )
         .remote(settings.to_json())
     )
-    await awaited(actor.start.remote(prefill, decode))
+    await awaited(actor.start.remote(settings.to_json(), prefill, decode))
     return actor
+
+
+def controller_runs(cluster: str) -> bool:
+    try:
+        ray.get_actor(controller_name(cluster), namespace=NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def controller_name(cluster: str) -> str:

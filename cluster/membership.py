@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import redis.asyncio
@@ -139,6 +139,18 @@ class Membership:
     async def routers(self) -> list[RouterRecord]:
         texts = await self._values(f"{self._prefix}:router:*")
         return [RouterRecord(**json.loads(text)) for text in texts]
+
+    async def exchange_loads(
+        self, router_id: str, own: str | None, others: Sequence[str]
+    ) -> list[str | bytes | None]:
+        """Write what this router placed, unless it is None, and read what the others did."""
+        pipeline = self._redis.pipeline(transaction=False)
+        if own is not None:
+            pipeline.set(f"{self._prefix}:load:{router_id}", own, px=int(self.lease_s * 1000))
+        if others:
+            pipeline.mget([f"{self._prefix}:load:{other}" for other in others])
+        replies = await pipeline.execute()
+        return replies[-1] if others else []
 
     async def set_desired(self, desired: DesiredPools) -> None:
         await self._redis.set(f"{self._prefix}:desired", json.dumps(dataclasses.asdict(desired)))

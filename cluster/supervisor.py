@@ -45,6 +45,8 @@ PR_SET_CHILD_SUBREAPER = 36
 """From linux/prctl.h."""
 POLL_S = 0.25
 STOP_DEADLINE_S = 20.0
+RESTART_PAUSE_S = 1.0
+"""Before a router that has ended is started again, which takes far longer."""
 
 
 class StartFailed(Exception):
@@ -70,11 +72,13 @@ class Supervisor:
         self._run_id = secrets.token_hex(8)
         self._folder = Path()
         self._guardian: subprocess.Popen[bytes] | None = None
-        self._router: subprocess.Popen[bytes] | None = None
+        self._routers: list[subprocess.Popen[bytes]] = []
         self._redis_url = config.redis_url or ""
         self._controller: Any = None
         self._ray_cluster: Any = None
         self._membership: Membership | None = None
+        self._joins = False
+        """The cluster's workers were there already."""
 
     async def __aenter__(self) -> Self:
         self._check()
@@ -93,10 +97,11 @@ class Supervisor:
         if self._controller is not None and not self.config.keep_workers:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(awaited(self._controller.stop.remote()), STOP_DEADLINE_S)
-        if self._router is not None and self._router.poll() is None:
-            self._router.terminate()
+        for router in self._routers:
+            router.terminate()
+        for router in self._routers:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._router.wait, STOP_DEADLINE_S)
+                await asyncio.to_thread(router.wait, STOP_DEADLINE_S)
         self._stop_ray()
         if self._guardian is not None:
             assert self._guardian.stdin is not None
@@ -112,23 +117,41 @@ class Supervisor:
         """
         await self._start_redis()
         # The slowest two start side by side: the router's import of vLLM, and Ray.
-        self._start_router()
+        self._report(Progress("router", "starting"))
+        self._routers = [self._start_router(index) for index in range(self.config.routers)]
         self._write_run_file()
         # Not in a thread: Ray sets signal handlers. It takes the ones away that were set before.
         with signals_kept():
             self._start_ray()
-        await self._while_router_runs(self._start_controller())
-        await self._while_router_runs(self._workers_ready())
-        await self._while_router_runs(self._router_ready())
-        self._report(Progress("router", "ready", self.url))
+        await self._while_routers_run(self._start_controller())
+        if not self._joins:
+            await self._while_routers_run(self._workers_ready())
+        await self._while_routers_run(self._routers_ready())
+        for url in self.urls:
+            self._report(Progress("router", "ready", url))
 
     async def wait(self) -> None:
-        """Returns when the router ends; raises StartFailed with its last words if it failed."""
-        assert self._router is not None
-        while self._router.poll() is None:
+        """Returns when the router ends; raises StartFailed with its last words if it failed. One
+        of several is started again."""
+        if len(self._routers) == 1:
+            await self._router_ends()
+            return
+        while True:
+            index = await self._router_ends(wrong_only=False)
+            self._report(Progress("router", "failed", f"{self.urls[index]}, starting it again"))
+            await asyncio.sleep(RESTART_PAUSE_S)
+            self._routers[index] = self._start_router(index)
+
+    async def _router_ends(self, wrong_only: bool = True) -> int:
+        """Returns which, when one has ended."""
+        while True:
+            for index, router in enumerate(self._routers):
+                if router.poll() is None:
+                    continue
+                if wrong_only and router.returncode not in (0, -signal.SIGTERM, -signal.SIGINT):
+                    raise StartFailed(self._last_words(index))
+                return index
             await asyncio.sleep(POLL_S)
-        if self._router.returncode not in (0, -signal.SIGTERM, -signal.SIGINT):
-            raise StartFailed(self._last_words())
 
     # --- parts ----------------------------------------------------------------------------------
 
@@ -154,15 +177,16 @@ class Supervisor:
 
     def _check_port(self) -> None:
         family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self.config.host, self.config.port))
-            except OSError as error:
-                raise StartFailed(
-                    f"port {self.config.port} on {self.config.host} cannot be used "
-                    f"({error.strerror}): choose another with --port"
-                ) from error
+        for port in self._ports:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((self.config.host, port))
+                except OSError as error:
+                    raise StartFailed(
+                        f"port {port} on {self.config.host} cannot be used "
+                        f"({error.strerror}): choose another with --port"
+                    ) from error
 
     def _check_memory(self) -> None:
         if on_gpu():
@@ -247,26 +271,11 @@ class Supervisor:
         subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         return f"redis://127.0.0.1:{port}/0"
 
-    def _start_router(self) -> None:
-        config = self.config
-        settings = {
-            "router_id": f"router-{self._run_id[:6]}",
-            "cluster": config.name,
-            "redis_url": self._redis_url,
-            "host": config.host,
-            "port": config.port,
-            "url": self.url,
-            "vllm_args": vllm_args(config),
-            "lease_s": config.lease_s,
-            "policy": config.policy,
-            "local_prompt_tokens": config.local_prompt_tokens,
-            "queue_threshold_tokens": config.queue_threshold_tokens,
-            "hand_over": config.handoff.when,
-            "queue_deadline_s": config.queue_deadline_s,
-            "adopt_deadline_s": config.handoff.adopt_deadline_s,
-        }
-        self._report(Progress("router", "starting"))
-        self._router = self._spawn("router", [sys.executable, "-m", "router", json.dumps(settings)])
+    def _start_router(self, index: int) -> subprocess.Popen[bytes]:
+        command = router_command(
+            self.config, self._redis_url, self._router_ids[index], self._ports[index]
+        )
+        return self._spawn(f"router-{index}", command)
 
     def _start_ray(self) -> None:
         # Imported late: it takes a second, and the router should be starting meanwhile.
@@ -316,7 +325,7 @@ class Supervisor:
                 self._ray_cluster.shutdown()
 
     async def _start_controller(self) -> None:
-        from cluster.controller import ControllerSettings, start_controller
+        from cluster.controller import ControllerSettings, controller_runs, start_controller
 
         config = self.config
         handoff = config.handoff.model_dump(exclude={"adopt_deadline_s"})
@@ -335,6 +344,7 @@ class Supervisor:
             # All of them are on this machine: then nobody else need reach them.
             worker_host="" if config.ray_address else "127.0.0.1",
         )
+        self._joins = controller_runs(config.name)
         try:
             self._controller = await start_controller(
                 settings, config.prefill, config.decode, config.keep_workers
@@ -373,29 +383,24 @@ class Supervisor:
             detail = record.placement_reason
         self._report(Progress(record.worker_id, record.state.value, detail))
 
-    async def _router_ready(self) -> None:
+    async def _routers_ready(self) -> None:
         assert self._membership is not None
-        while not await self._membership.routers():
+        wanted = set(self._router_ids)
+        while not wanted <= {record.router_id for record in await self._membership.routers()}:
             await asyncio.sleep(POLL_S)
-        # Its record comes a moment before it accepts connections.
-        host, port = self.url.removeprefix("http://").rsplit(":", 1)
-        while True:
-            with contextlib.suppress(OSError):
-                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-                writer.close()
-                return
-            await asyncio.sleep(0.05)
+        # Their records come a moment before they accept connections.
+        for url in self.urls:
+            await _accepts_connections(url)
 
-    async def _while_router_runs(self, step: Coroutine[Any, Any, None]) -> None:
-        """Do a step of the start; stop at once if the router finds its arguments wrong."""
+    async def _while_routers_run(self, step: Coroutine[Any, Any, None]) -> None:
+        """Do a step of the start; stop at once if a router finds its arguments wrong."""
         task = asyncio.create_task(step)
-        router = asyncio.create_task(self.wait())
+        router = asyncio.create_task(self._router_ends())
         await asyncio.wait({task, router}, return_when=asyncio.FIRST_COMPLETED)
         if router.done() and not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            router.result()
-            raise StartFailed(self._last_words())
+            raise StartFailed(self._last_words(router.result()))
         router.cancel()
         await asyncio.gather(router, return_exceptions=True)
         try:
@@ -407,6 +412,19 @@ class Supervisor:
     def model_name(self) -> str:
         """The name that requests give."""
         return flag_value(vllm_args(self.config), "--served-model-name")
+
+    @property
+    def _ports(self) -> range:
+        return range(self.config.port, self.config.port + self.config.routers)
+
+    @property
+    def urls(self) -> list[str]:
+        """Each router's, the first of them `url`."""
+        return [local_url(self.config.host, port) for port in self._ports]
+
+    @property
+    def _router_ids(self) -> list[str]:
+        return [f"router-{self._run_id[:6]}-{index}" for index in range(self.config.routers)]
 
     @property
     def _workers(self) -> int:
@@ -427,14 +445,44 @@ class Supervisor:
                 start_new_session=True,
             )
 
-    def _last_words(self) -> str:
-        """The router's own message, or the end of its log."""
-        log = self._folder / "router.log"
+    def _last_words(self, index: int) -> str:
+        """A router's own message, or the end of its log."""
+        log = self._folder / f"router-{index}.log"
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
         said = [line for line in lines if line.startswith(ERROR_PREFIX)]
         if said:
             return said[-1].removeprefix(ERROR_PREFIX)
         return f"the router ended: {lines[-1] if lines else 'see its messages above'}"
+
+
+def router_command(config: BatonConfig, redis_url: str, router_id: str, port: int) -> list[str]:
+    settings = {
+        "router_id": router_id,
+        "cluster": config.name,
+        "redis_url": redis_url,
+        "host": config.host,
+        "port": port,
+        "url": local_url(config.host, port),
+        "vllm_args": vllm_args(config),
+        "lease_s": config.lease_s,
+        "policy": config.policy,
+        "local_prompt_tokens": config.local_prompt_tokens,
+        "queue_threshold_tokens": config.queue_threshold_tokens,
+        "hand_over": config.handoff.when,
+        "queue_deadline_s": config.queue_deadline_s,
+        "adopt_deadline_s": config.handoff.adopt_deadline_s,
+    }
+    return [sys.executable, "-m", "router", json.dumps(settings)]
+
+
+async def _accepts_connections(url: str) -> None:
+    host, port = url.removeprefix("http://").rsplit(":", 1)
+    while True:
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            writer.close()
+            return
+        await asyncio.sleep(0.05)
 
 
 def vllm_args(config: BatonConfig) -> list[str]:

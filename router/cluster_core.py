@@ -77,7 +77,8 @@ class ConnectedWorker:
 
 
 class WrongWorker(Exception):
-    """An address belongs to another worker, or to another start of it, than the membership says."""
+    """An address belongs to another worker, or to another start of it, than the membership says;
+    or it serves another model than this router."""
 
 
 @dataclass(slots=True)
@@ -154,6 +155,9 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             found = WorkerKey(description.worker_id, description.incarnation)
             if found != key:
                 raise WrongWorker(f"{address} was to be {key} and is {found}")
+            served = self.vllm_config.model_config.served_model_name
+            if description.fingerprint.model not in ("", served):
+                raise WrongWorker(f"{key} serves {description.fingerprint.model}, not {served}")
         except BaseException:
             await link.close()
             raise

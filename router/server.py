@@ -39,6 +39,7 @@ from router.dashboard.routes import dashboard_routes
 from router.dashboard.source import DashboardSource
 from router.members import MemberWatcher
 from router.metrics import RouterMetrics
+from router.peers import Peers
 from router.placing import PlacementHeaders
 from router.settings import RouterSettings
 
@@ -83,7 +84,11 @@ async def run_router(settings: RouterSettings) -> None:
     redis = open_redis(settings.redis_url)
     membership = Membership(redis, settings.cluster, settings.lease_s)
     watcher = MemberWatcher(membership, core, metrics)
-    background = [asyncio.create_task(watcher.run(), name="members")]
+    peers = Peers(membership, scheduler, settings.router_id)
+    background = [
+        asyncio.create_task(watcher.run(), name="members"),
+        asyncio.create_task(peers.run(), name="peers"),
+    ]
     try:
         await serve_when_ready(
             settings, args, engine, core, watcher, policies, sock, membership, background

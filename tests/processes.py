@@ -120,6 +120,7 @@ class Cluster:
     vllm_args: list[str]
     workers: dict[str, Process] = field(default_factory=dict)
     router: Process | None = None
+    more_routers: list[Process] = field(default_factory=list)
     router_settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     handoff: dict[str, Any] = field(default_factory=dict)
@@ -148,13 +149,24 @@ class Cluster:
         return process
 
     def start_router(self) -> Process:
+        self.router = self._spawn_router("router-0", self.url)
+        return self.router
+
+    def start_another_router(self) -> tuple[str, Process]:
+        """Its URL, and itself."""
+        url = f"http://127.0.0.1:{free_port()}"
+        router = self._spawn_router(f"router-{len(self.more_routers) + 1}", url)
+        self.more_routers.append(router)
+        return url, router
+
+    def _spawn_router(self, router_id: str, url: str) -> Process:
         values = {
-            "router_id": "router-0",
+            "router_id": router_id,
             "cluster": "baton",
             "redis_url": self.redis_url,
             "host": "127.0.0.1",
-            "url": self.url,
-            "port": int(self.url.rsplit(":", 1)[1]),
+            "url": url,
+            "port": int(url.rsplit(":", 1)[1]),
             "vllm_args": self.vllm_args,
             "lease_s": 2.4,
             "policy": "splitwise",
@@ -166,11 +178,11 @@ class Cluster:
             **self.router_settings,
         }
         command = [sys.executable, "-m", "router", json.dumps(values)]
-        self.router = spawn("router", command, self.folder, QUIET)
-        return self.router
+        return spawn(router_id, command, self.folder, QUIET)
 
     def processes(self) -> list[Process]:
-        return [*self.workers.values(), *([self.router] if self.router else [])]
+        routers = [*([self.router] if self.router else []), *self.more_routers]
+        return [*self.workers.values(), *routers]
 
     def stop(self) -> None:
         for process in self.processes():

@@ -9,6 +9,7 @@ import click
 from cluster.cli.bench import bench
 from cluster.cli.down import down
 from cluster.cli.drain import drain
+from cluster.cli.router import router
 from cluster.cli.status import status
 from cluster.cli.up import up
 from cluster.errors import ERROR_PREFIX, one_line
@@ -24,6 +25,7 @@ def cli() -> None:
     baton up Qwen/Qwen3-0.6B --prefill 1 --decode 2 --max-model-len 8192
     baton status                    the running cluster
     baton drain decode-0            take a worker out without losing a request
+    baton router --port 8001        one more router over the same workers
     baton down                      stop it
     baton bench serve               compare it with one plain vLLM server
     """
@@ -33,6 +35,7 @@ cli.add_command(up)
 cli.add_command(status)
 cli.add_command(down)
 cli.add_command(drain)
+cli.add_command(router)
 cli.add_command(bench)
 
 

@@ -26,6 +26,11 @@ def up(arguments: tuple[str, ...], **flags: Any) -> None:
     `vllm serve` can follow. Each value can also be set by environment variable (BATON_PORT,
     BATON_HANDOFF__INBOX_BYTES) and in baton.yaml; flags come first, then the environment.
     """
+    asyncio.run(_serve(config_given(arguments, flags)))
+
+
+def config_given(arguments: tuple[str, ...], flags: dict[str, Any]) -> BatonConfig:
+    """The configuration, with a model and flags of `vllm serve` that follow Baton's own flags."""
     given = flags_given(flags)
     rest = list(arguments)
     if rest and not rest[0].startswith("-"):
@@ -35,7 +40,7 @@ def up(arguments: tuple[str, ...], **flags: Any) -> None:
     config = load_config(given)
     if rest:
         config = config.model_copy(update={"vllm_args": [*config.vllm_args, *rest]})
-    asyncio.run(_serve(config))
+    return config
 
 
 async def _serve(config: BatonConfig) -> None:
@@ -68,7 +73,8 @@ async def _start_and_wait(supervisor: Supervisor, console: Console) -> None:
     await supervisor.start()
     config, url = supervisor.config, supervisor.url
     console.print()
-    console.print(f"Serving [bold]{supervisor.model_name}[/bold] at [bold]{url}/v1[/bold]")
+    urls = " and ".join(f"[bold]{each}/v1[/bold]" for each in supervisor.urls)
+    console.print(f"Serving [bold]{supervisor.model_name}[/bold] at {urls}", soft_wrap=True)
     console.print(
         f"Dashboard at {url}/dashboard, metrics at {url}/metrics. Ctrl-C stops it. Try:\n",
         soft_wrap=True,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cluster.scheduler.life import Action, CancelLeg, DropTransfer, Finish, Life, Phase
 from cluster.scheduler.policy import Ask, PlacementPolicy
 from cluster.scheduler.rates import Rates
-from cluster.scheduler.view import ClusterView, WorkerKey, WorkerView
+from cluster.scheduler.view import NOTHING, ClusterView, PlacedLoad, WorkerKey, WorkerView
 
 LOSSES_MAX = 4
 """Workers a request loses before it fails: one that kills workers must not kill them all."""
@@ -41,6 +41,8 @@ class Scheduler:
     lives: dict[str, Life] = field(default_factory=dict)
     _by_leg: dict[str, Life] = field(default_factory=dict)
     _charges: dict[str, _Charge] = field(default_factory=dict)
+    _others: Mapping[WorkerKey, PlacedLoad] = field(default_factory=dict)
+    """What other routers placed."""
     _queue: dict[str, float] = field(default_factory=dict)
     """Since when who waits, the longest first."""
     _rates: Rates = field(default_factory=Rates)
@@ -119,6 +121,7 @@ class Scheduler:
     def on_worker_up(self, worker: WorkerView) -> list[Action]:
         worker.rates = self._rates.of_one()
         self.view.workers[worker.key] = worker
+        worker.count_others(self._others.get(worker.key, NOTHING))
         return self._place_queued()
 
     def on_worker_lost(self, key: WorkerKey, now_s: float) -> list[Action]:
@@ -169,6 +172,17 @@ class Scheduler:
             tokens = charge.prompt_tokens if computed_tokens is None else computed_tokens
             prefilled, since_s = prefilled + tokens, min(since_s, charge.since_s)
         worker.rates.saw_step(now_s, legs, prefilled, since_s)
+
+    def on_others(self, placed: Mapping[WorkerKey, PlacedLoad]) -> None:
+        """What all other routers together have on the workers."""
+        self._others = placed
+        for key, worker in self.view.workers.items():
+            worker.count_others(placed.get(key, NOTHING))
+
+    def own_load(self) -> dict[WorkerKey, PlacedLoad]:
+        """What this router has on the workers, without those where it has nothing."""
+        loads = {key: worker.own for key, worker in self.view.workers.items()}
+        return {key: load for key, load in loads.items() if any(load)}
 
     def on_tick(self, now_s: float) -> list[Action]:
         """Place what waits, for a worker may have stopped draining. Give up on what waited too

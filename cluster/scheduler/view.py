@@ -26,6 +26,29 @@ class WorkerKey(NamedTuple):
         return f"{self.worker_id}/{self.incarnation}"
 
 
+class PlacedLoad(NamedTuple):
+    """What routers placed on a worker and have not seen done."""
+
+    pending_prompt_tokens: int = 0
+    pending_local_tokens: int = 0
+    """Those of the pending prompt tokens that are decode tokens too, for they stay there."""
+    prefills: int = 0
+    decodes: int = 0
+    decode_tokens: int = 0
+    """Context tokens of the requests decoding there."""
+    lent: int = 0
+    """Requests for which it does the other pool's work."""
+
+    def plus(self, other: PlacedLoad) -> PlacedLoad:
+        return PlacedLoad(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def minus(self, other: PlacedLoad) -> PlacedLoad:
+        return PlacedLoad(*(a - b for a, b in zip(self, other, strict=True)))
+
+
+NOTHING = PlacedLoad()
+
+
 @dataclass(slots=True)
 class WorkerView:
     key: WorkerKey
@@ -41,22 +64,31 @@ class WorkerView:
     """Of KV that may wait there for its decode leg; 0: not known."""
     rates: Rates = field(default_factory=Rates, compare=False)
 
-    # What this router placed there and has not seen done.
+    # The fields of PlacedLoad: what this router placed there, and as far as it knows, others.
     pending_prompt_tokens: int = 0
     pending_local_tokens: int = 0
-    """Those of the pending prompt tokens that are decode tokens too, for they stay here."""
     prefills: int = 0
     decodes: int = 0
     decode_tokens: int = 0
-    """Context tokens of the requests decoding there."""
     lent: int = 0
-    """Requests for which it does the other pool's work."""
+    others: PlacedLoad = NOTHING
+    """The other routers' part of these."""
 
     # What the worker said last; other routers' work is in it.
     reported_running: int = 0
     reported_waiting: int = 0
     reported_kv_usage: float = 0.0
     reported_inbox_bytes: int = 0
+
+    @property
+    def own(self) -> PlacedLoad:
+        """This router's part."""
+        return PlacedLoad(*(getattr(self, name) for name in PlacedLoad._fields)).minus(self.others)
+
+    def count_others(self, others: PlacedLoad) -> None:
+        for name, change in zip(PlacedLoad._fields, others.minus(self.others), strict=True):
+            setattr(self, name, getattr(self, name) + change)
+        self.others = others
 
     @property
     def mixed(self) -> bool:

@@ -435,6 +435,7 @@ def test_router_settings() -> None:
     assert router["args"][2:] == ["--kv-cache-dtype", "fp8"]
     environment = environment_of(router)
     assert environment["BATON_PREFILL"] == "24"
+    assert environment["BATON_KEEP_WORKERS"] == "true"
     assert environment["BATON_DECODE"] == "16"
     assert environment["BATON_PORT"] == str(router["ports"][0]["containerPort"]) == "8000"
     assert environment["BATON_RAY_ADDRESS"] == "ray://demo-baton-head-svc:10001"

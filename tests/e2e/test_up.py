@@ -20,7 +20,14 @@ import openai
 import pytest
 
 from cluster.config import BUNDLED_MODEL_NAME
-from tests.processes import Process, free_port, http_status, metrics, spawn
+from tests.processes import (
+    Process,
+    free_port,
+    http_status,
+    metrics,
+    spawn,
+    wait_until_serving,
+)
 
 READY_WITHIN_S = 150.0
 """On 2 busy cores; alone it takes 20 to 30 s."""
@@ -176,6 +183,25 @@ def test_a_second_one_is_refused(running: Up) -> None:
     assert len(second.stderr.splitlines()) == 1
 
 
+def test_another_router_joins_and_leaves(running: Up, short_tmp: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    port = url.rsplit(":", 1)[1]
+    joined = spawn("joined", [*BATON, "router", "--port", port, "--name", running.name], short_tmp)
+    try:
+        wait_until_serving(url, joined)
+        status = json.loads(running.command("status", "--json").stdout)
+        assert {router["url"] for router in status["routers"]} == {running.url, url}
+        prompt, answer = recall_prompt(random.Random(6), 10)
+        for each in (url, running.url):
+            client = openai.OpenAI(base_url=f"{each}/v1", api_key="none", max_retries=0)
+            reply = client.completions.create(model=BUNDLED_MODEL_NAME, prompt=prompt)
+            assert reply.choices[0].text == answer
+    finally:
+        joined.stop(signal.SIGKILL)
+    reply = client.completions.create(model=BUNDLED_MODEL_NAME, prompt=prompt)
+    assert reply.choices[0].text == answer
+
+
 def test_dashboard_shows_the_workers(running: Up) -> None:
     page = httpx.get(f"{running.url}/dashboard").text
     assert "prefill-0" in page and "decode-0" in page
@@ -308,10 +334,18 @@ def test_role_pinned_to_an_accelerator_by_hand(short_tmp: Path) -> None:
     """Against what the hardware would decide."""
     nodes = [{"accelerator": "H20", "cpus": 1}, {"accelerator": "H100", "cpus": 1}]
     pins = ("--prefill-accelerator", "H20", "--decode-accelerator", "H100")
-    with up(short_tmp, "--local-nodes", json.dumps(nodes), *pins) as started:
-        workers = json.loads(started.command("status", "--json").stdout)["workers"]
-        placed = {w["pool"]: w["accelerator"] for w in workers}
+    with up(short_tmp, "--local-nodes", json.dumps(nodes), *pins, "--routers", "2") as started:
+        status = json.loads(started.command("status", "--json").stdout)
+        placed = {w["pool"]: w["accelerator"] for w in status["workers"]}
         assert placed == {"prefill": "H20", "decode": "H100"}
+        # One of two routers that is killed comes back; the other serves meanwhile.
+        port = int(started.url.rsplit(":", 1)[1]) + 1
+        second = next(r for r in status["routers"] if r["url"].endswith(str(port)))
+        os.kill(second["pid"], signal.SIGKILL)
+        assert http_status(f"{started.url}/health") == 200
+        again = f"{second['url']}, starting it again"
+        wait_until(lambda: again in started.process.output(), READY_WITHIN_S, started.process)
+        wait_until_serving(second["url"], started.process)
 
 
 def test_interrupt_while_starting_leaves_nothing(short_tmp: Path) -> None:

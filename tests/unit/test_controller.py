@@ -1,0 +1,167 @@
+"""What the controller does about workers that serve no more, or with older settings."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.controller import Controller, ControllerSettings, _Slot
+from cluster.membership import DRAINED, DrainRequest, Membership, WorkerRecord, WorkerState
+from cluster.scheduler.view import Pool
+
+SETTINGS = ControllerSettings(
+    cluster="c",
+    redis_url="redis://127.0.0.1:1/0",
+    lease_s=2.4,
+    stuck_after_s=30,
+    model_path="m",
+    vllm_args=[],
+    tensor_parallel=1,
+    handoff={},
+    prefill_accelerator=None,
+    decode_accelerator=None,
+)
+
+
+class Members(Membership):
+    def __init__(self) -> None:
+        self.records: dict[str, WorkerRecord] = {}
+        self.drains: list[str] = []
+        self.gone = False
+
+    async def workers(self) -> list[WorkerRecord]:
+        if self.gone:
+            raise ConnectionError
+        return list(self.records.values())
+
+    async def put_worker(self, record: WorkerRecord) -> None:
+        self.records[record.worker_id] = record
+
+    async def ask_drain(self, worker_id: str, request: DrainRequest, keep_s: float) -> None:
+        self.drains.append(worker_id)
+
+
+class Kept(Controller):
+    """Two workers, whose processes are only tasks that wait."""
+
+    def __init__(self) -> None:
+        super().__init__(SETTINGS.to_json())
+        self.members = Members()
+        self._membership = self.members
+        for worker_id, pool in (("prefill-0", Pool.PREFILL), ("decode-0", Pool.DECODE)):
+            self._slots[worker_id] = slot = _Slot(worker_id, pool)
+            self.begin(slot)
+
+    def begin(self, slot: _Slot) -> None:
+        slot.incarnation, slot.settings = f"{slot.worker_id}.{slot.starts}", self._settings
+        slot.starts, slot.drain_asked = slot.starts + 1, False
+        slot.task = asyncio.create_task(asyncio.sleep(3600))
+        self.tell(slot, WorkerState.READY)
+
+    def tell(self, slot: _Slot, state: WorkerState) -> None:
+        self.members.records[slot.worker_id] = WorkerRecord(
+            slot.worker_id, slot.incarnation, slot.pool, state
+        )
+
+    async def turn(self) -> None:
+        await self._look()
+        await self._roll()
+
+    def newer_settings(self) -> None:
+        self._settings = dataclasses.replace(SETTINGS, vllm_args=["--max-model-len", "9"])
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Seconds that have passed."""
+    passed, real = [0.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + passed[0])
+    yield passed
+
+
+def test_without_a_lease_for_long_it_has_lapsed(later: list[float]) -> None:
+    async def play() -> None:
+        kept = Kept()
+        frozen = kept._slots["decode-0"]
+        await kept.turn()
+        del kept.members.records["decode-0"]
+        later[0] += 29
+        await kept.turn()
+        assert not frozen.lapsed.is_set()
+        later[0] += 2
+        await kept.turn()
+        assert frozen.lapsed.is_set()
+        assert not kept._slots["prefill-0"].lapsed.is_set()
+
+    asyncio.run(play())
+
+
+def test_with_redis_out_of_reach_nobody_lapses(later: list[float]) -> None:
+    async def play() -> None:
+        kept = Kept()
+        await kept.turn()
+        kept.members.gone = True
+        for _ in range(10):
+            later[0] += 29
+            await kept.turn()
+        kept.members.gone = False
+        kept.members.records.clear()
+        await kept.turn()
+        assert not any(slot.lapsed.is_set() for slot in kept._slots.values())
+
+    asyncio.run(play())
+
+
+def test_one_that_loads_for_long_has_not_lapsed(later: list[float]) -> None:
+    async def play() -> None:
+        kept = Kept()
+        kept.members.records.clear()
+        later[0] += 3600
+        await kept.turn()
+        assert not any(slot.lapsed.is_set() for slot in kept._slots.values())
+
+    asyncio.run(play())
+
+
+def test_a_failed_worker_stays_visible_and_a_drained_one_is_no_failure() -> None:
+    async def play() -> None:
+        kept = Kept()
+        kept.members.records.clear()
+        for slot, failure in zip(kept._slots.values(), ("it broke", DRAINED), strict=True):
+            slot.task, slot.failure = None, failure
+        await kept.turn()
+        (record,) = kept.members.records.values()
+        assert (record.state, record.detail) == (WorkerState.FAILED, "it broke")
+
+    asyncio.run(play())
+
+
+def test_newer_settings_replace_workers_one_by_one() -> None:
+    async def play() -> None:
+        kept = Kept()
+        await kept.turn()
+        assert kept.members.drains == []
+        kept.newer_settings()
+        for _ in range(3):
+            await kept.turn()
+        assert kept.members.drains == ["prefill-0"]
+        first = kept._slots["prefill-0"]
+        kept.tell(first, WorkerState.DRAINING)
+        await kept.turn()
+        kept.begin(first)
+        kept.tell(first, WorkerState.LOADING)
+        await kept.turn()
+        assert kept.members.drains == ["prefill-0"]
+        kept.tell(first, WorkerState.READY)
+        await kept.turn()
+        assert kept.members.drains == ["prefill-0", "decode-0"]
+        kept.begin(kept._slots["decode-0"])
+        for _ in range(3):
+            await kept.turn()
+        assert kept.members.drains == ["prefill-0", "decode-0"]
+
+    asyncio.run(play())
