@@ -14,7 +14,7 @@ ARGS ?=
 BUILD := $(if $(or $(GPU),$(wildcard $(VENV)/.installed-gpu)),gpu,cpu)
 REQUIREMENTS := requirements-$(BUILD).txt
 
-.PHONY: run test fuzz setup check format proto clean
+.PHONY: run test fuzz setup setup-peer check format proto clean
 
 run: $(VENV)/.installed-$(BUILD)
 	@exec $(BIN)/baton up $(MODEL) $(ARGS)
@@ -36,6 +36,14 @@ $(VENV)/.installed-dev-$(BUILD): $(VENV)/.installed-$(BUILD) requirements-dev.tx
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements-dev.txt
 	@touch $@
 
+# What `baton bench handoff` compares with, in a folder of its own: the environment stays as it is.
+setup-peer: .peer/.installed
+
+.peer/.installed: requirements-peer.txt $(VENV)/.installed-$(BUILD)
+	rm -rf .peer
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .peer -r requirements-peer.txt
+	@touch $@
+
 check: $(VENV)/.installed-dev-$(BUILD)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +59,4 @@ proto: $(VENV)/.installed-dev-$(BUILD)
 		cluster/wire/worker.proto cluster/wire/kv.proto
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .peer build dist *.egg-info

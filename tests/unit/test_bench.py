@@ -11,17 +11,11 @@ import pytest
 from cluster.bench.client import Stream, random_prompt
 from cluster.bench.model import describe_model, pad_vocabulary
 from cluster.bench.report import BenchFailed, Goal, machine, median, percentile, ratio
-from cluster.bench.serve import (
-    QUICK,
-    LengthSamples,
-    ServeSettings,
-    SideSamples,
-    goals_of,
-    summary,
-)
+from cluster.bench.serve import goals_of, summary
+from cluster.bench.sides import QUICK, CompareSettings, LengthSamples, SideSamples
 from cluster.config import BUNDLED_MODEL
 
-SETTINGS = ServeSettings(prompt_tokens=(256,))
+SETTINGS = CompareSettings(prompt_tokens=(256,))
 
 
 def stream(*token_times_s: float, text: str = "same") -> Stream:
@@ -100,7 +94,7 @@ def test_prompts_are_repeatable_and_share_no_prefix() -> None:
 
 
 def test_both_servers_have_room_for_the_longest_sequence() -> None:
-    assert ServeSettings().max_model_len == 4608
+    assert CompareSettings().max_model_len == 4608
     assert QUICK.max_model_len == 512
     streams = dataclasses.replace(SETTINGS, stream_prompt_tokens=1000, stream_output_tokens=100)
     assert streams.max_model_len == 1536
