@@ -48,6 +48,12 @@ class HandoffConfig(BaseModel):
     codec: Literal["none", "fp8", "int8"] = Field(
         "none", description="how KV is written on the wire: exact, or in one byte a channel"
     )
+    overlap: Literal["auto", "always", "never"] = Field(
+        "auto", description="push layers while prefill computes, or all of them in one go after it"
+    )
+    one_go_ms: float = Field(
+        20, ge=0, description="auto: a transfer expected to take no longer goes in one go"
+    )
 
 
 def _known_policy(name: str) -> str:

@@ -179,6 +179,7 @@ class EngineHost:
             load = self.load()
             for client, client_outputs in outputs.items():
                 self._listener.on_outputs(client, client_outputs, load)
+        self._endpoint.step_ended()
         if not executed and core.scheduler.has_requests():
             time.sleep(IDLE_STEP_S)
 

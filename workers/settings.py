@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,10 @@ class HandoffSettings:
     """An untouched transfer is dropped after this time."""
     codec: str = "none"
     """How KV is written that this worker sends: a name in workers/kv/codecs.py."""
+    overlap: Literal["auto", "always", "never"] = "auto"
+    """Whether layers are pushed while prefill computes, or all of them in one go after it."""
+    one_go_ms: float = 20.0
+    """auto: a transfer expected to take no longer goes in one go."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,8 @@ class Worker:
                 _log_sent,
             ),
             CODECS[settings.handoff.codec],
+            settings.handoff.overlap,
+            settings.handoff.one_go_ms / 1e3,
         )
         publish(endpoint_name, endpoint)
         service = WorkerService(loop)

@@ -32,7 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(folder: Path, vllm_args: list[str]) -> Iterator[Cluster]:
-    with running_cluster(folder, vllm_args) as running:
+    # The other way of sending, in one go, is what the tests of damaged hand-offs take.
+    with running_cluster(folder, vllm_args, handoff={"overlap": "always"}) as running:
         yield running
 
 

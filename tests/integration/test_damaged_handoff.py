@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.conftest import CHUNK_TOKENS
 from tests.integration.tampering_worker import FAULT_FILE
 from tests.integration.test_equal_to_plain_vllm import ask, prompt_of
 from tests.processes import Cluster, metrics, running_cluster
@@ -24,8 +25,8 @@ class Tampered:
         return answer(self.cluster.url, seed)
 
 
-def answer(url: str, seed: int) -> str:
-    body = {"prompt": prompt_of(150, 7000 + seed), "temperature": 0, "max_tokens": 12}
+def answer(url: str, seed: int, prompt_tokens: int = 150) -> str:
+    body = {"prompt": prompt_of(prompt_tokens, 7000 + seed), "temperature": 0, "max_tokens": 12}
     status, reply = ask(url, "/v1/completions", body)
     assert status == 200, reply
     return str(reply["choices"][0]["text"])
@@ -41,6 +42,7 @@ def tampered(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> 
         vllm_args,
         prefill_module="tests.integration.tampering_worker",
         environment={FAULT_FILE: str(fault_file)},
+        handoff={"overlap": "never"},
     ) as cluster:
         yield Tampered(cluster, fault_file)
 
@@ -51,6 +53,16 @@ def test_wrong_kv_makes_wrong_answers(tampered: Tampered, plain: str) -> None:
     # New prompts: the decode worker has the KV of the others in its prefix cache.
     expected = [answer(plain, seed) for seed in range(10, 14)]
     assert [tampered.ask("silent", seed) for seed in range(10, 14)] != expected
+
+
+def test_chunks_of_a_prompt_go_in_one_go(tampered: Tampered, plain: str) -> None:
+    tampered.fault_file.write_text("")
+    before = metrics(tampered.cluster.url)
+    expected = answer(plain, 50, 2 * CHUNK_TOKENS + 30)
+    assert answer(tampered.cluster.url, 50, 2 * CHUNK_TOKENS + 30) == expected
+    after = metrics(tampered.cluster.url)
+    tokens = "baton_handoff_tokens_total"
+    assert after[tokens] - before[tokens] == 2 * CHUNK_TOKENS + 30
 
 
 FAULTS = {

@@ -13,11 +13,18 @@ from cluster.wire import kv_pb2
 from workers.kv.frames import (
     ALIGNMENT_BYTES,
     BadFrame,
+    Frame,
     checksum,
-    decode_frame,
+    decode_frames,
     digest_tokens,
     encode_frame,
 )
+
+
+def decode_frame(message: bytes) -> Frame:
+    (frame,) = decode_frames(message)
+    return frame
+
 
 TOKEN_IDS = st.lists(st.integers(0, 2**32 - 1), max_size=20)
 
@@ -69,11 +76,28 @@ def test_the_payload_is_aligned_and_not_copied(transfer_id: str) -> None:
     (header_bytes,) = struct.unpack_from("<I", message)
     start = len(message) - len(payload)
     assert start % ALIGNMENT_BYTES == 0
-    assert start - ALIGNMENT_BYTES < struct.calcsize("<II") + header_bytes <= start
+    assert start - ALIGNMENT_BYTES < struct.calcsize("<IIQ") + header_bytes <= start
 
     frame = decode_frame(message)
     assert bytes(frame.payload) == payload
     assert frame.payload.obj is message
+
+
+@given(payloads=st.lists(st.binary(max_size=100), min_size=1, max_size=5))
+def test_frames_that_share_a_message_come_back_in_order(payloads: list[bytes]) -> None:
+    headers = [kv_header(payload, layer=i) for i, payload in enumerate(payloads)]
+    encoded = map(encode_frame, headers, payloads)
+    frames = list(decode_frames(b"".join(encoded)))
+    assert [frame.header for frame in frames] == headers
+    assert [bytes(frame.payload) for frame in frames] == payloads
+
+
+def test_frames_before_a_damaged_one_are_good() -> None:
+    message = DAMAGE_MESSAGE + DAMAGE_MESSAGE[:-1] + b"x"
+    frames = decode_frames(message)
+    assert next(frames).header == DAMAGE_HEADER
+    with pytest.raises(BadFrame):
+        next(frames)
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
@@ -84,7 +108,7 @@ def test_a_tensor_over_the_payload_starts_at_an_aligned_address() -> None:
     assert tensor.data_ptr() % ALIGNMENT_BYTES == 0
 
 
-DAMAGE_PAYLOAD = bytes(range(1, 33))
+DAMAGE_PAYLOAD = bytes(range(1, 33))  # no padding behind it
 DAMAGE_HEADER = kv_header(
     DAMAGE_PAYLOAD, "transfer", layer=1, first_token=16, tokens=4, heads=2, key_order=1
 )

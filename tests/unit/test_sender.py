@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -16,9 +17,16 @@ import pytest
 
 from cluster.wire import GRPC_OPTIONS, kv_pb2, worker_pb2
 from workers.kv.endpoint import KvEndpoint, publish, published, withdraw
-from workers.kv.frames import checksum, encode_frame
+from workers.kv.frames import ALIGNMENT_BYTES, checksum, encode_frame
 from workers.kv.inbox import Inbox, KvGeometry, Settled
-from workers.kv.sender import Identity, Sender, Sent, Transfer
+from workers.kv.sender import (
+    RATE_ASSUMED_BYTES_S,
+    RATE_SAMPLE_BYTES_MIN,
+    Identity,
+    Sender,
+    Sent,
+    Transfer,
+)
 from workers.kv.service import KvInboxService
 
 GEOMETRY = KvGeometry(layers=3, first_head=0, heads=2, head_size=4, element_bytes=2)
@@ -91,7 +99,7 @@ class Receiver(KvInboxService):
 
     async def push(self, frames: Frames, context: Context) -> bytes:
         self.pushes += 1
-        return await super().push(self._watched(self.on_the_wire(frames)), context)
+        return await super().push(self._watched(self.on_the_wire(single(frames))), context)
 
     async def _watched(self, frames: Frames) -> Frames:
         number = 0
@@ -117,6 +125,19 @@ class Receiver(KvInboxService):
         settled: queue.Queue[Settled] = queue.Queue()
         self.inbox.expect(transfer_id, SENDER, settled.put)
         return settled
+
+
+async def single(messages: Frames) -> Frames:
+    """One frame a message, whichever shared one."""
+    async for message in messages:
+        first = 0
+        while first < len(message):
+            header_bytes, _, payload_bytes = struct.unpack_from("<IIQ", message, first)
+            end = first + 16 + header_bytes
+            end += -header_bytes % ALIGNMENT_BYTES + payload_bytes
+            end += -payload_bytes % ALIGNMENT_BYTES
+            yield message[first:end]
+            first = end
 
 
 class Silent(Receiver):
@@ -392,7 +413,7 @@ async def flip_payload(frames: Frames) -> Frames:
 
 async def flip_header(frames: Frames) -> Frames:
     async for i, frame in numbered(frames):
-        yield frame[:12] + bytes([frame[12] ^ 1]) + frame[13:] if i == 2 else frame
+        yield frame[:20] + bytes([frame[20] ^ 1]) + frame[21:] if i == 2 else frame
 
 
 async def truncate(frames: Frames) -> Frames:
@@ -463,7 +484,7 @@ def through(loop: Loop, wire: Callable[[Frames], Frames]) -> Receiver:
     [
         (flip_payload, "layer 1, tokens from 0: the payload does not match its checksum"),
         (flip_header, "its header does not match its checksum"),
-        (truncate, "layer 1, tokens from 0: the payload does not match its checksum"),
+        (truncate, "a frame of 288 bytes cannot hold 256 of payload"),
         (duplicate, "the transfer was opened twice"),
         (duplicate_one, "layer 1, tokens from 0 arrived twice"),
         (lose, "the sender's stream ended before the KV was whole"),
@@ -715,11 +736,14 @@ def test_an_endpoint_opens_a_transfer_once_until_it_ends(
         digests.append(b"digest")
         return digests[-1]
 
+    assert endpoint.sending(receiver.send_kv(), TOKENS, digest) is None
+    endpoint.begin("t")
     transfers = {
         id(endpoint.sending(receiver.send_kv(), TOKENS, digest)) for _ in range(GEOMETRY.layers)
     }
     assert (len(transfers), len(digests)) == (1, 1)
     transfer = endpoint.sending(receiver.send_kv(), TOKENS, digest)
+    assert transfer is not None
     for layer in range(GEOMETRY.layers):
         push_layer(transfer, layer)
     endpoint.finish("t")
@@ -727,10 +751,79 @@ def test_an_endpoint_opens_a_transfer_once_until_it_ends(
     endpoint.abort("t", "it has ended")
     assert outbox.result().delivered
 
+    endpoint.begin("u")
     endpoint.sending(receiver.send_kv("u"), TOKENS, digest)
-    endpoint.abort("u", "preempted")
-    assert outbox.result().reason == "the sender gave up: preempted"
+    endpoint.abort("u", "aborted")
+    assert outbox.result().reason == "the sender gave up: aborted"
     outbox.assert_at_rest()
+    # A step that was on its way when it ended does not open it again.
+    assert endpoint.sending(receiver.send_kv("u"), TOKENS, digest) is None
+
+
+def test_a_transfer_expected_to_be_short_goes_in_one_go(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox = make_outbox()
+    send = receiver.send_kv()
+    tokens = int(RATE_ASSUMED_BYTES_S / GEOMETRY.bytes_per_token)
+    """One second of KV, as long as nothing was measured."""
+    auto = KvEndpoint(receiver.inbox, outbox.sender, one_go_s=0.1)
+    assert not auto.overlaps(send, tokens // 20)
+    assert auto.overlaps(send, tokens // 5)
+    for _ in range(10):
+        outbox.sender.peer(send).measured(1 << 30, 1000.0)
+    assert auto.overlaps(send, tokens // 20)
+    for overlap in ("always", "never"):
+        given = KvEndpoint(receiver.inbox, outbox.sender, overlap=overlap, one_go_s=0.1)
+        assert {given.overlaps(send, 1), given.overlaps(send, tokens)} == {overlap == "always"}
+
+
+def test_what_is_to_be_pushed_after_a_step_is_pushed_once(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    endpoint = KvEndpoint(receiver.inbox, make_outbox().sender)
+    pushed: list[str] = []
+    endpoint.after_step(lambda: pushed.append("a"))
+    endpoint.after_step(lambda: pushed.append("b"))
+    assert pushed == []
+    endpoint.step_ended()
+    endpoint.step_ended()
+    assert pushed == ["a", "b"]
+
+
+def test_a_peers_rate_is_measured_by_what_went_to_it(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    peer = make_outbox().sender.peer(receiver.send_kv())
+    peer.measured(RATE_SAMPLE_BYTES_MIN - 1, 1.0)
+    assert peer.rate_bytes_s == RATE_ASSUMED_BYTES_S
+    for _ in range(50):
+        peer.measured(1 << 20, 0.5)
+    assert peer.rate_bytes_s == pytest.approx(2 << 20, rel=0.01)
+
+
+def test_small_frames_that_wait_share_a_message(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
+) -> None:
+    messages: list[int] = []
+
+    class Counting(Receiver):
+        async def push(self, frames: Frames, context: Context) -> bytes:
+            async def counted() -> Frames:
+                async for message in frames:
+                    messages.append(len(message))
+                    yield message
+
+            return await KvInboxService.push(self, counted(), context)
+
+    receiver = start(Counting(loop))
+    outbox = make_outbox()
+    # All of it waits before the receiver is paired with.
+    with outbox.sender._peers_lock:
+        transfer = outbox.open(receiver)
+        push_all(transfer)
+    assert outbox.result().delivered
+    assert len(messages) == 1
 
 
 def test_an_endpoint_is_found_by_name_while_it_is_published(

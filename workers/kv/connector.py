@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,8 @@ class Save:
     block_ids: list[int]
     first_token: int
     end_token: int
+    overlaps: bool
+    """Each layer when it is computed; otherwise all of them after the step."""
 
     @property
     def is_last(self) -> bool:
@@ -80,6 +83,7 @@ class StepHandoffs(KVConnectorMetadata):  # type: ignore[misc]
 class _Sending:
     request: Request
     send: worker_pb2.SendKv
+    overlaps: bool
     pushed_tokens: int = 0
 
 
@@ -106,7 +110,9 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def on_new_request(self, request: Request) -> None:
         send = (request.kv_transfer_params or {}).get(SEND)
         if send is not None:
-            self._sending[request.request_id] = _Sending(request, send)
+            overlaps = self._endpoint.overlaps(send, len(request.prompt_token_ids))
+            self._sending[request.request_id] = _Sending(request, send, overlaps)
+            self._endpoint.begin(send.transfer_id)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -172,11 +178,12 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
             return None
         prompt = sending.request.prompt_token_ids
         end = min(computed_tokens, len(prompt))
-        if end <= sending.pushed_tokens:
+        if end <= sending.pushed_tokens or (not sending.overlaps and end < len(prompt)):
             return None
         assert self._kv_cache_manager is not None
         block_ids = self._kv_cache_manager.get_block_ids(request_id)[0]
-        save = Save(sending.send, prompt, list(block_ids), sending.pushed_tokens, end)
+        first = sending.pushed_tokens
+        save = Save(sending.send, prompt, list(block_ids), first, end, sending.overlaps)
         sending.pushed_tokens = end
         if save.is_last:
             del self._sending[request_id]
@@ -218,11 +225,15 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         for save in self._step().saves:
-            self._push_layer(save, extract_layer_index(layer_name))
+            if save.overlaps:
+                self._push_layer(save, extract_layer_index(layer_name))
 
     def wait_for_save(self) -> None:
         for save in self._step().saves:
-            if save.is_last:
+            if not save.overlaps:
+                # Its blocks may be free by then; the next step may give them to others.
+                self._endpoint.after_step(partial(self._push_all, save))
+            elif save.is_last:
                 self._endpoint.finish(save.send.transfer_id)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -234,10 +245,17 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         assert isinstance(metadata, StepHandoffs)
         return metadata
 
+    def _push_all(self, save: Save) -> None:
+        for layer_index in self._layers:
+            self._push_layer(save, layer_index)
+        self._endpoint.finish(save.send.transfer_id)
+
     def _push_layer(self, save: Save, layer_index: int) -> None:
         transfer = self._endpoint.sending(
             save.send, len(save.prompt_token_ids), lambda: digest_tokens(save.prompt_token_ids)
         )
+        if transfer is None:
+            return
         geometry = self._endpoint.inbox.geometry
         layer = self._layers[layer_index]
         step = max(1, FRAME_BYTES_MAX // geometry.frame_bytes(1, geometry.heads))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from cluster.wire import kv_pb2, worker_pb2
 from workers.kv.inbox import Inbox
@@ -27,19 +27,50 @@ class KvEndpoint:
     sender: Sender
     codec: Codec = kv_pb2.CODEC_NONE
     """How this end writes what it sends."""
-    _sending: dict[str, Transfer] = field(default_factory=dict)
+    overlap: Literal["auto", "always", "never"] = "auto"
+    one_go_s: float = 0.02
+    """auto: a transfer that is expected to take no longer goes in one go, after its prefill."""
+    _sending: dict[str, Transfer | None] = field(default_factory=dict)
+    _after_step: list[Callable[[], None]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def overlaps(self, send: worker_pb2.SendKv, tokens: int) -> bool:
+        """Whether a prompt's KV is pushed layer by layer while it is computed.
+
+        That hides the transfer, but slows the computing: it shares its core, its interpreter or its
+        memory with the sending. A short transfer is rather waited for.
+        """
+        if self.overlap != "auto":
+            return self.overlap == "always"
+        size_bytes = tokens * self.inbox.geometry.bytes_per_token
+        return self.sender.estimated_s(send, size_bytes) > self.one_go_s
+
+    def begin(self, transfer_id: str) -> None:
+        """A prefill leg is here, whose KV is to be sent."""
+        with self._lock:
+            self._sending[transfer_id] = None
 
     def sending(
         self, send: worker_pb2.SendKv, tokens: int, prompt_digest: Callable[[], bytes]
-    ) -> Transfer:
-        """The transfer of a prefill leg, opened when first asked for."""
+    ) -> Transfer | None:
+        """The transfer of a prefill leg, opened when first asked for. None if it has ended."""
         with self._lock:
-            transfer = self._sending.get(send.transfer_id)
+            if send.transfer_id not in self._sending:
+                return None
+            transfer = self._sending[send.transfer_id]
             if transfer is None:
                 transfer = self.sender.open(send, tokens, prompt_digest())
                 self._sending[send.transfer_id] = transfer
             return transfer
+
+    def after_step(self, push: Callable[[], None]) -> None:
+        """Do it when the engine's step is over and its outputs are on their way."""
+        self._after_step.append(push)
+
+    def step_ended(self) -> None:
+        pushes, self._after_step = self._after_step, []
+        for push in pushes:
+            push()
 
     def finish(self, transfer_id: str) -> None:
         with self._lock:

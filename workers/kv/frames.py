@@ -1,14 +1,15 @@
-"""Frames of a KV hand-off: a typed header and raw bytes, in one message.
+"""Frames of a KV hand-off: a typed header and raw bytes. A message holds one or several.
 
-A frame is `uint32 header bytes | uint32 header checksum | FrameHeader | zeros to a multiple of 16 |
-payload`. The padding puts the payload on an address that tensors can be made of without copying it.
-The header has a checksum of its own, for a damaged one would put a good payload in a wrong place.
+A frame is `uint32 header bytes | uint32 checksum | uint64 payload bytes | FrameHeader | zeros |
+payload | zeros`, both runs of zeros to a multiple of 16. The padding puts each payload on an
+address that tensors can be made of without copying it. Sizes and header have a checksum of their
+own, for damaged ones would put a good payload in a wrong place.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -16,7 +17,8 @@ import xxhash
 from cluster.wire import kv_pb2
 
 ALIGNMENT_BYTES = 16
-_PREFIX = struct.Struct("<II")
+_PREFIX = struct.Struct("<IIQ")
+_SIZES = struct.Struct("<IQ")
 
 
 class BadFrame(Exception):
@@ -39,31 +41,47 @@ def checksum(payload: bytes | memoryview) -> int:
 
 
 def encode_frame(header: kv_pb2.FrameHeader, payload: bytes | memoryview = b"") -> bytes:
-    return b"".join((encode_header(header), payload))
+    return b"".join((encode_header(header, len(payload)), payload, padding(len(payload))))
 
 
-def encode_header(header: kv_pb2.FrameHeader) -> bytes:
+def encode_header(header: kv_pb2.FrameHeader, payload_bytes: int) -> bytes:
     """What comes before the payload."""
     encoded = header.SerializeToString()
-    prefix = _PREFIX.pack(len(encoded), xxhash.xxh32_intdigest(encoded))
-    padding = -(len(prefix) + len(encoded)) % ALIGNMENT_BYTES
-    return b"".join((prefix, encoded, bytes(padding)))
+    check = _header_checksum(len(encoded), payload_bytes, encoded)
+    prefix = _PREFIX.pack(len(encoded), check, payload_bytes)
+    return b"".join((prefix, encoded, padding(len(encoded))))
 
 
-def decode_frame(message: bytes) -> Frame:
-    """Parse a frame and check its header and its payload against their checksums.
+def padding(size_bytes: int) -> bytes:
+    """What comes after a header or a payload of this size, so that the next begins aligned."""
+    return bytes(-size_bytes % ALIGNMENT_BYTES)
+
+
+def decode_frames(message: bytes) -> Iterator[Frame]:
+    """Parse a message's frames, and check each when it is its turn.
 
     Raises:
-        BadFrame: it is truncated, malformed, or damaged.
+        BadFrame: one is truncated, malformed, or damaged.
     """
+    rest = memoryview(message)
+    if not rest:
+        raise BadFrame("an empty message")
+    while rest:
+        frame, size_bytes = _decode_frame(rest)
+        yield frame
+        rest = rest[size_bytes:]
+
+
+def _decode_frame(message: memoryview) -> tuple[Frame, int]:
+    """A message's first frame, and the bytes it takes."""
     if len(message) < _PREFIX.size:
         raise BadFrame(f"a frame of {len(message)} bytes has no header")
-    header_bytes, header_checksum = _PREFIX.unpack_from(message)
+    header_bytes, header_checksum, payload_bytes = _PREFIX.unpack_from(message)
     end = _PREFIX.size + header_bytes
     if end > len(message):
         raise BadFrame(f"a frame of {len(message)} bytes cannot hold a header of {header_bytes}")
-    encoded = message[_PREFIX.size : end]
-    if xxhash.xxh32_intdigest(encoded) != header_checksum:
+    encoded = bytes(message[_PREFIX.size : end])
+    if _header_checksum(header_bytes, payload_bytes, encoded) != header_checksum:
         raise BadFrame("its header does not match its checksum")
     header = kv_pb2.FrameHeader()
     try:
@@ -72,10 +90,17 @@ def decode_frame(message: bytes) -> Frame:
         raise BadFrame(f"its header does not parse: {error}") from error
     if header.WhichOneof("kind") is None:
         raise BadFrame("its header is of no known kind")
-    payload = memoryview(message)[min(len(message), end + -end % ALIGNMENT_BYTES) :]
+    first = end + -end % ALIGNMENT_BYTES
+    payload = message[first : first + payload_bytes]
+    if len(payload) != payload_bytes:
+        raise BadFrame(f"a frame of {len(message)} bytes cannot hold {payload_bytes} of payload")
     if header.WhichOneof("kind") == "kv" and checksum(payload) != header.kv.checksum:
         raise BadFrame(
             f"layer {header.kv.layer}, tokens from {header.kv.first_token}: the payload does not "
             "match its checksum"
         )
-    return Frame(header, payload)
+    return Frame(header, payload), first + payload_bytes + -payload_bytes % ALIGNMENT_BYTES
+
+
+def _header_checksum(header_bytes: int, payload_bytes: int, encoded: bytes) -> int:
+    return xxhash.xxh32_intdigest(_SIZES.pack(header_bytes, payload_bytes) + encoded)

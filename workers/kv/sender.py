@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grpc
 
 from cluster.wire import GRPC_OPTIONS, kv_pb2, kv_pb2_grpc, worker_pb2
-from workers.kv.frames import encode_header
+from workers.kv.frames import encode_header, padding
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +20,16 @@ PUSH_METHOD = "/baton.v1.KvInbox/Push"
 PAIR_DEADLINE_S = 5.0
 FRAME_BYTES_MAX = 2 << 20
 """Of KV in one frame, before it is coded."""
+MESSAGE_BYTES_MIN = 1 << 20
+"""A message with less takes the frames that wait behind it along."""
+TRANSFER_KEY = "baton-transfer"
+"""gRPC metadata of a push: the transfer's id."""
+RATE_ASSUMED_BYTES_S = 1e9
+"""What a peer is taken to receive before anything was sent to it."""
+RATE_SAMPLE_BYTES_MIN = 1 << 20
+"""A smaller transfer tells more of delays than of the rate."""
+RATE_WEIGHT = 0.3
+"""Of the newest transfer in a peer's rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,13 @@ class _Peer:
         self.push = self.channel.stream_unary(PUSH_METHOD, None, None)
         self._inbox = kv_pb2_grpc.KvInboxStub(self.channel)  # type: ignore[no-untyped-call]
         self._accepted: kv_pb2.PairReply | None = None
+        self.rate_bytes_s = RATE_ASSUMED_BYTES_S
+
+    def measured(self, sent_bytes: int, taken_s: float) -> None:
+        """`taken_s`: while there was something to send."""
+        if sent_bytes >= RATE_SAMPLE_BYTES_MIN and taken_s > 0:
+            newest = sent_bytes / taken_s
+            self.rate_bytes_s += RATE_WEIGHT * (newest - self.rate_bytes_s)
 
     def pair(self, request: kv_pb2.PairRequest, deadline_s: float) -> kv_pb2.PairReply:
         # Without a lock: who waits for another's pairing would outlive its own deadline.
@@ -81,6 +98,7 @@ class Transfer:
         self._closed = False
         self._bytes = 0
         self._staged = 0
+        self._busy_s = 0.0
         self._lock = threading.Lock()
         self.done = threading.Event()
         self._thread = threading.Thread(
@@ -89,7 +107,7 @@ class Transfer:
 
     def start(self, opened: kv_pb2.OpenTransfer) -> None:
         header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, open=opened)
-        self._frames.put(_Staged(encode_header(header)))
+        self._frames.put(_Staged(encode_header(header, 0)))
         self._thread.start()
 
     def push(self, header: kv_pb2.FrameHeader, payload: memoryview) -> None:
@@ -99,7 +117,7 @@ class Transfer:
         """
         if self._closed or self.done.is_set():
             return
-        encoded = encode_header(header)
+        encoded = encode_header(header, len(payload))
         size_bytes = len(encoded) + len(payload)
         if not self._sender.stage(size_bytes, self._remaining_s(), self.done):
             self.abort(f"{self._sender.max_staged_bytes} bytes are already waiting to be sent")
@@ -123,7 +141,7 @@ class Transfer:
         if not self._closed:
             abort = kv_pb2.AbortTransfer(reason=reason)
             header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, abort=abort)
-            self._frames.put(_Staged(encode_header(header)))
+            self._frames.put(_Staged(encode_header(header, 0)))
             self.finish()
 
     def join(self, timeout_s: float) -> None:
@@ -150,29 +168,43 @@ class Transfer:
         paired = peer.pair(self._sender.pair_request(self._send), self._remaining_s())
         if not paired.accepted:
             return False, paired.reason
-        reply = peer.push(self._iterate(), timeout=self._remaining_s())
+        metadata = ((TRANSFER_KEY, self.transfer_id),)
+        reply = peer.push(self._messages(), timeout=self._remaining_s(), metadata=metadata)
         result = kv_pb2.TransferResult.FromString(reply)
+        peer.measured(self._bytes, self._busy_s)
         return result.delivered, result.reason
 
     def _remaining_s(self) -> float:
         return max(0.0, self._deadline_at_s - time.monotonic())
 
-    def _iterate(self) -> Iterator[bytes]:
+    def _messages(self) -> Iterator[bytes]:
+        """The frames. Small ones that wait already share a message."""
         while True:
             try:
-                staged = self._frames.get(timeout=self._remaining_s())
+                frame = self._frames.get(timeout=self._remaining_s())
             except queue.Empty:
                 return
-            if staged is None:
+            parts: list[bytes | memoryview] = []
+            size_bytes = 0
+            while frame is not None:
+                parts += (frame.header, frame.payload, padding(len(frame.payload)))
+                size_bytes += frame.size_bytes
+                if size_bytes >= MESSAGE_BYTES_MIN or self._frames.empty():
+                    break
+                frame = self._frames.get()
+            if parts:
+                started_s = time.monotonic()
+                # Joined here and not when it was pushed: what waits is then in memory once, and
+                # each message takes the memory that the one before has left warm.
+                yield b"".join(parts)
+                # gRPC asks for the next message when it has taken this one over.
+                self._busy_s += time.monotonic() - started_s
+                with self._lock:
+                    size_bytes = min(size_bytes, self._staged)
+                    self._staged -= size_bytes
+                self._sender.unstage(size_bytes)
+            if frame is None:
                 return
-            # Joined here and not when it was pushed: what waits is then in memory once, and each
-            # frame takes the memory that the one before has left warm.
-            yield b"".join((staged.header, staged.payload))
-            # gRPC asks for the next frame when it has taken this one over.
-            with self._lock:
-                size_bytes = min(staged.size_bytes, self._staged)
-                self._staged -= size_bytes
-            self._sender.unstage(size_bytes)
 
 
 class Sender:
@@ -245,6 +277,10 @@ class Sender:
                     self._peers.pop(stale).channel.close()
                 peer = self._peers[key] = _Peer(send.address)
             return peer
+
+    def estimated_s(self, send: worker_pb2.SendKv, size_bytes: int) -> float:
+        """How long a transfer would take if all of it were there to be sent."""
+        return size_bytes / self.peer(send).rate_bytes_s
 
     def pair_request(self, send: worker_pb2.SendKv) -> kv_pb2.PairRequest:
         return kv_pb2.PairRequest(

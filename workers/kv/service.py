@@ -8,8 +8,9 @@ import grpc
 import grpc.aio
 
 from cluster.wire import kv_pb2, kv_pb2_grpc, worker_pb2
-from workers.kv.frames import BadFrame, decode_frame
+from workers.kv.frames import BadFrame, decode_frames
 from workers.kv.inbox import Inbox, TransferState
+from workers.kv.sender import TRANSFER_KEY
 
 _ENDED_EARLY = "the sender's stream ended before the KV was whole"
 
@@ -57,24 +58,24 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
         context: grpc.aio.ServicerContext[bytes, bytes],
     ) -> bytes:
         """Take frames until the stream ends. The stream carries one transfer."""
-        transfer_id = ""
+        # Told beside the frames, so that one whose first frame is damaged fails at once as well.
+        transfer_id = dict(context.invocation_metadata() or ()).get(TRANSFER_KEY, "")
         state = TransferState.ARRIVING
         try:
             async for message in frames:
                 try:
-                    frame = decode_frame(message)
+                    for frame in decode_frames(message):
+                        if frame.header.transfer_id != transfer_id:
+                            raise BadFrame(
+                                f"a frame of {frame.header.transfer_id} in the stream of "
+                                f"{transfer_id}"
+                            )
+                        state, reason = self._inbox.receive(frame)
+                        if state is TransferState.FAILED:
+                            return _result(False, reason)
                 except BadFrame as error:
                     self._inbox.fail(transfer_id, str(error))
                     return _result(False, str(error))
-                if not transfer_id:
-                    transfer_id = frame.header.transfer_id
-                elif frame.header.transfer_id != transfer_id:
-                    reason = f"a frame of {frame.header.transfer_id} in the stream of {transfer_id}"
-                    self._inbox.fail(transfer_id, reason)
-                    return _result(False, reason)
-                state, reason = self._inbox.receive(frame)
-                if state is TransferState.FAILED:
-                    return _result(False, reason)
         finally:
             # Also when the sender's process or connection is gone.
             if transfer_id and state is TransferState.ARRIVING:
