@@ -140,6 +140,14 @@ class BatonConfig(BaseSettings):
     vllm_args: list[str] = Field(
         default_factory=list, description="further arguments of `vllm serve`, as a JSON list"
     )
+    prefill_vllm_args: list[str] = Field(
+        default_factory=list,
+        description="arguments of `vllm serve` for the prefill pool only, as a JSON list",
+    )
+    decode_vllm_args: list[str] = Field(
+        default_factory=list,
+        description="arguments of `vllm serve` for the decode pool only, as a JSON list",
+    )
 
     @classmethod
     def settings_customise_sources(

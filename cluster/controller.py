@@ -66,8 +66,9 @@ class ControllerSettings:
     lease_s: float
     stuck_after_s: float
     model_path: str
-    vllm_args: list[str]
-    tensor_parallel: int
+    vllm_args: dict[str, list[str]]
+    """By pool, as are the ranks that a worker has."""
+    tensor_parallel: dict[str, int]
     handoff: dict[str, float]
     prefill_accelerator: str | None
     decode_accelerator: str | None
@@ -220,8 +221,8 @@ class Controller:
             prefill_workers=pools[Pool.PREFILL],
             decode_workers=pools[Pool.DECODE],
             model=model_shape(self._settings.model_path),
-            prefill=self._needs(),
-            decode=self._needs(),
+            prefill=self._needs(Pool.PREFILL),
+            decode=self._needs(Pool.DECODE),
             prefill_accelerator=self._settings.prefill_accelerator,
             decode_accelerator=self._settings.decode_accelerator,
         )
@@ -244,11 +245,13 @@ class Controller:
             slot.lapsed.clear()
             slot.task = asyncio.create_task(self._live(slot), name=slot.worker_id)
 
-    def _needs(self) -> WorkerNeeds:
-        tensor_parallel = self._settings.tensor_parallel
+    def _needs(self, pool: Pool) -> WorkerNeeds:
+        """On CPU each rank computes on cores of its own."""
+        ranks = self._settings.tensor_parallel[pool]
         return WorkerNeeds(
-            tensor_parallel=tensor_parallel,
-            accelerators=float(tensor_parallel) if self._on_gpu else 0.0,
+            tensor_parallel=ranks,
+            accelerators=float(ranks) if self._on_gpu else 0.0,
+            cpus=1.0 if self._on_gpu else float(ranks),
         )
 
     async def _live(self, slot: _Slot) -> None:
@@ -278,9 +281,10 @@ class Controller:
     async def _run_actor(self, slot: _Slot) -> str:
         assert slot.placement is not None
         await self._record(slot, WorkerState.PLACING)
-        bundle = {"CPU": 1.0}
-        if self._on_gpu:
-            bundle["GPU"] = float(self._settings.tensor_parallel)
+        needs = self._needs(slot.pool)
+        bundle = {"CPU": needs.cpus}
+        if needs.accelerators:
+            bundle["GPU"] = needs.accelerators
         # One bundle keeps a worker's tensor-parallel ranks on one node: the one that was chosen.
         slot.group = placement_group(
             [bundle], strategy="STRICT_PACK", _soft_target_node_id=slot.placement.node_id
@@ -298,9 +302,8 @@ class Controller:
             ),
         ).remote()
         await self._record(slot, WorkerState.STARTING)
-        index, count = self._share(slot)
         run = asyncio.ensure_future(
-            awaited(slot.actor.run.remote(self._worker_settings(slot), index, count))
+            awaited(slot.actor.run.remote(self._worker_settings(slot), *self._share(slot)))
         )
         lapsed = asyncio.create_task(slot.lapsed.wait())
         try:
@@ -320,7 +323,7 @@ class Controller:
             {
                 "worker_id": slot.worker_id,
                 "incarnation": slot.incarnation,
-                "vllm_args": settings.vllm_args,
+                "vllm_args": settings.vllm_args[slot.pool],
                 "host": settings.worker_host or slot.node,
                 "accelerator": slot.placement.accelerator or "CPU",
                 "handoff": settings.handoff,
@@ -334,12 +337,15 @@ class Controller:
             }
         )
 
-    def _share(self, slot: _Slot) -> tuple[int, int]:
-        """This worker's place among those that divide its machine's cores (0 of 0: no dividing)."""
+    def _share(self, slot: _Slot) -> tuple[int, int, int]:
+        """This worker's first share and its number of shares, one for each rank, of all into which
+        its machine's cores are divided (of 0: no dividing)."""
         if self._on_gpu:
-            return 0, 0
-        there = sorted(s.worker_id for s in self._slots.values() if s.node == slot.node)
-        return there.index(slot.worker_id), len(there)
+            return 0, 0, 0
+        ranks = self._settings.tensor_parallel
+        there = [s for s in self._slots.values() if s.node == slot.node]
+        before = sum(ranks[s.pool] for s in there if s.worker_id < slot.worker_id)
+        return before, ranks[slot.pool], sum(ranks[s.pool] for s in there)
 
     async def _retire(self, slot: _Slot) -> None:
         if slot.actor is not None and slot.task is not None:

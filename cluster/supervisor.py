@@ -33,6 +33,7 @@ from cluster.membership import (
 )
 from cluster.ray_calls import NAMESPACE, awaited
 from cluster.run_file import RunFile, run_file_path, running
+from cluster.scheduler.view import Pool
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """KV cache of a worker on CPU unless `--kv-cache-memory-bytes` is given: vLLM would take nearly all
@@ -193,8 +194,8 @@ class Supervisor:
             return
         import psutil
 
-        workers = self.config.prefill + self.config.decode
-        needed = (workers + 1) * MEMORY_PER_CPU_WORKER_BYTES
+        workers, processes = self._workers, self._worker_processes
+        needed = (processes + 1) * MEMORY_PER_CPU_WORKER_BYTES
         free = psutil.virtual_memory().available
         if needed > free:
             raise StartFailed(
@@ -297,9 +298,9 @@ class Supervisor:
         """One node that is this machine, or the nodes that were asked for."""
         from ray.cluster_utils import Cluster
 
-        # Ray finds the accelerators by itself. A worker takes a CPU, and a small machine may have
-        # fewer of them than workers.
-        machine = {} if on_gpu() else {"num_cpus": max(os.cpu_count() or 1, self._workers)}
+        # Ray finds the accelerators by itself. A rank of a worker takes a CPU, and a small machine
+        # may have fewer of them.
+        machine = {} if on_gpu() else {"num_cpus": max(os.cpu_count() or 1, self._ranks)}
         first, *others = [_ray_node(node) for node in self.config.local_nodes] or [machine]
         self._ray_cluster = Cluster(
             initialize_head=True,
@@ -329,7 +330,7 @@ class Supervisor:
 
         config = self.config
         handoff = config.handoff.model_dump(exclude={"adopt_deadline_s"})
-        args = vllm_args(config)
+        args: dict[str, list[str]] = {pool: vllm_args(config, pool) for pool in Pool}
         settings = ControllerSettings(
             cluster=config.name,
             redis_url=self._redis_url,
@@ -337,7 +338,7 @@ class Supervisor:
             stuck_after_s=config.stuck_after_s,
             model_path=config.model_path,
             vllm_args=args,
-            tensor_parallel=tensor_parallel(args),
+            tensor_parallel={pool: tensor_parallel(args[pool]) for pool in Pool},
             handoff=handoff,
             prefill_accelerator=config.prefill_accelerator,
             decode_accelerator=config.decode_accelerator,
@@ -430,6 +431,21 @@ class Supervisor:
     def _workers(self) -> int:
         return self.config.prefill + self.config.decode
 
+    @property
+    def _ranks(self) -> int:
+        return sum(count * ranks for count, ranks in self._pools)
+
+    @property
+    def _worker_processes(self) -> int:
+        """A worker of one rank computes in its own process."""
+        return sum(count * (ranks + 1 if ranks > 1 else 1) for count, ranks in self._pools)
+
+    @property
+    def _pools(self) -> list[tuple[int, int]]:
+        """Workers of each pool, and the ranks of each of them."""
+        counts = {Pool.PREFILL: self.config.prefill, Pool.DECODE: self.config.decode}
+        return [(counts[pool], tensor_parallel(vllm_args(self.config, pool))) for pool in Pool]
+
     def _spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
         environment = dict(os.environ)
         if self.config.verbose:
@@ -485,9 +501,13 @@ async def _accepts_connections(url: str) -> None:
         await asyncio.sleep(0.05)
 
 
-def vllm_args(config: BatonConfig) -> list[str]:
-    """`vllm serve` arguments for workers and routers: the user's, and defaults that fit."""
+def vllm_args(config: BatonConfig, pool: Pool | None = None) -> list[str]:
+    """`vllm serve` arguments for the workers of a pool, or for routers: the user's, and defaults
+    that fit."""
     args = list(config.vllm_args)
+    if pool is not None:
+        # vLLM takes a flag's last value.
+        args += config.prefill_vllm_args if pool is Pool.PREFILL else config.decode_vllm_args
     given = {arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")}
 
     def default(flag: str, *values: str) -> None:
@@ -516,17 +536,18 @@ def local_url(host: str, port: int) -> str:
 
 def tensor_parallel(args: list[str]) -> int:
     """The value of --tensor-parallel-size. vLLM's parser checks it in earnest."""
-    text = flag_value(args, "--tensor-parallel-size") or flag_value(args, "-tp")
+    text = flag_value(args, "--tensor-parallel-size", "-tp")
     return int(text) if text.isdigit() else 1
 
 
-def flag_value(args: list[str], flag: str) -> str:
-    """The first value given to a flag, empty if there is none."""
+def flag_value(args: list[str], *names: str) -> str:
+    """The first value given to a flag where it stands last, empty if it is not there."""
+    found = ""
     for i, arg in enumerate(args):
         name, _, value = arg.partition("=")
-        if name.replace("_", "-") == flag:
-            return value or (args[i + 1] if i + 1 < len(args) else "")
-    return ""
+        if name.replace("_", "-") in names:
+            found = value or (args[i + 1] if i + 1 < len(args) else "")
+    return found
 
 
 def adopt_orphans() -> None:

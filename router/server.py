@@ -163,7 +163,10 @@ async def serve_when_ready(
 
 def router_args(settings: RouterSettings) -> argparse.Namespace:
     address = ["--host", settings.host, "--port", str(settings.port)]
-    return parse_vllm_args([*settings.vllm_args, *address])
+    args = parse_vllm_args([*settings.vllm_args, *address])
+    # Workers have ranks; here is no accelerator for them.
+    args.tensor_parallel_size = 1
+    return args
 
 
 def stop_signal() -> asyncio.Future[None]:

@@ -124,6 +124,8 @@ class Cluster:
     router_settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     handoff: dict[str, Any] = field(default_factory=dict)
+    worker_args: dict[str, list[str]] = field(default_factory=dict)
+    """More of `vllm_args` for some workers, by id."""
 
     def start_worker(
         self,
@@ -136,7 +138,7 @@ class Cluster:
         values = {
             "worker_id": worker_id,
             "incarnation": f"{time.monotonic_ns():x}",
-            "vllm_args": self.vllm_args,
+            "vllm_args": [*self.vllm_args, *self.worker_args.get(worker_id, [])],
             "cpu_ids": cpu_ids,
             "redis_url": self.redis_url,
             "pool": pool,
@@ -203,12 +205,19 @@ def running_cluster(
     prefill_module: str = "workers",
     environment: dict[str, str] | None = None,
     handoff: dict[str, Any] | None = None,
+    worker_args: dict[str, list[str]] | None = None,
 ) -> Iterator[Cluster]:
     cores = sorted(os.sched_getaffinity(0))
     with redis_server(folder) as (redis_url, _):
         url = f"http://127.0.0.1:{free_port()}"
         cluster = Cluster(
-            url, redis_url, folder, vllm_args, environment=environment or {}, handoff=handoff or {}
+            url,
+            redis_url,
+            folder,
+            vllm_args,
+            environment=environment or {},
+            handoff=handoff or {},
+            worker_args=worker_args or {},
         )
         try:
             for index, pool in enumerate(["prefill"] * prefill + ["decode"] * decode):

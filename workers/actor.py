@@ -24,16 +24,16 @@ class WorkerActor:
         self._worker: Worker | None = None
         self._stopped = asyncio.Event()
 
-    async def run(self, settings_json: str, share_index: int, share_count: int) -> str:
-        """Start the worker and watch it. On a machine without accelerators it keeps to the
-        `share_index`-th of `share_count` equal shares of the cores (0: all of them).
+    async def run(self, settings_json: str, first_share: int, shares: int, share_count: int) -> str:
+        """Start the worker and watch it. On a machine without accelerators it keeps to so many
+        shares of the cores, from `first_share` on, of `share_count` equal ones (0: all cores).
 
         Returns:
             Why it ended.
         """
         settings = WorkerSettings.from_json(settings_json)
         if share_count:
-            cpu_ids = share_of_cores(share_index, share_count)
+            cpu_ids = shares_of_cores(first_share, shares, share_count)
             settings = dataclasses.replace(settings, cpu_ids=cpu_ids)
         prepare_environment(settings.cpu_ids)
         configure_logs()
@@ -58,8 +58,8 @@ class WorkerActor:
         self._stopped.set()
 
 
-def share_of_cores(index: int, count: int) -> list[int]:
+def shares_of_cores(first: int, shares: int, count: int) -> list[int]:
+    """Where there are fewer cores than shares, workers have cores in common."""
     cores = sorted(os.sched_getaffinity(0))
     size = max(1, len(cores) // count)
-    first = (index * size) % len(cores)
-    return cores[first : first + size] or cores[-1:]
+    return sorted({cores[i % len(cores)] for i in range(first * size, (first + shares) * size)})

@@ -12,6 +12,8 @@ from click.testing import CliRunner
 
 from cluster.cli.options import POSITIONAL, config_options, flags_given, leaves
 from cluster.config import BUNDLED_MODEL, BadConfig, BatonConfig, LocalNode, load_config
+from cluster.scheduler.view import Pool
+from cluster.supervisor import flag_value, tensor_parallel, vllm_args
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +90,25 @@ def test_lists_are_json_in_the_environment_and_yaml_in_the_file(
     config = load_config({})
     assert config.local_nodes == [LocalNode(accelerator="H100", gpus=8)]
     assert config.vllm_args == ["--max-model-len", "512"]
+
+
+def test_a_pools_own_arguments_come_last_and_win(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        empty_folder / "baton.yaml",
+        'model: m\nvllm_args: [--tensor-parallel-size, "1"]\n'
+        'decode_vllm_args: [-tp, "2", --served-model-name=x]\n',
+    )
+    monkeypatch.setenv("BATON_PREFILL_VLLM_ARGS", '["--block-size", "32"]')
+    config = load_config({})
+    prefill, decode = (vllm_args(config, pool) for pool in Pool)
+    assert (tensor_parallel(prefill), tensor_parallel(decode)) == (1, 2)
+    assert flag_value(prefill, "--block-size") == "32" and "--block-size" not in decode
+    # Defaults do not stand behind what was given.
+    assert flag_value(decode, "--served-model-name") == "x"
+    assert flag_value(prefill, "--served-model-name") == "m"
+    assert "--block-size" not in vllm_args(config) and tensor_parallel(vllm_args(config)) == 1
 
 
 # --- wrong values ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import pytest
 from cluster.controller import Controller, ControllerSettings, _Slot
 from cluster.membership import DRAINED, DrainRequest, Membership, WorkerRecord, WorkerState
 from cluster.scheduler.view import Pool
+from workers.actor import shares_of_cores
 
 SETTINGS = ControllerSettings(
     cluster="c",
@@ -19,8 +21,8 @@ SETTINGS = ControllerSettings(
     lease_s=2.4,
     stuck_after_s=30,
     model_path="m",
-    vllm_args=[],
-    tensor_parallel=1,
+    vllm_args={"prefill": [], "decode": []},
+    tensor_parallel={"prefill": 1, "decode": 1},
     handoff={},
     prefill_accelerator=None,
     decode_accelerator=None,
@@ -72,7 +74,7 @@ class Kept(Controller):
         await self._roll()
 
     def newer_settings(self) -> None:
-        self._settings = dataclasses.replace(SETTINGS, vllm_args=["--max-model-len", "9"])
+        self._settings = dataclasses.replace(SETTINGS, vllm_args={"decode": ["-tp", "1"]})
 
 
 @pytest.fixture
@@ -138,6 +140,39 @@ def test_a_failed_worker_stays_visible_and_a_drained_one_is_no_failure() -> None
         assert (record.state, record.detail) == (WorkerState.FAILED, "it broke")
 
     asyncio.run(play())
+
+
+def test_each_rank_has_a_cpu_and_a_share_of_its_machines_cores() -> None:
+    async def play() -> None:
+        kept = Kept()
+        kept._on_gpu = False
+        kept._settings = dataclasses.replace(SETTINGS, tensor_parallel={"prefill": 2, "decode": 1})
+        assert [kept._needs(pool).cpus for pool in (Pool.PREFILL, Pool.DECODE)] == [2, 1]
+        prefill, decode = kept._slots["prefill-0"], kept._slots["decode-0"]
+        assert (kept._share(decode), kept._share(prefill)) == ((0, 1, 3), (1, 2, 3))
+        prefill.node = "elsewhere"
+        assert (kept._share(decode), kept._share(prefill)) == ((0, 1, 1), (0, 2, 2))
+        kept._on_gpu = True
+        assert kept._share(prefill)[2] == 0
+        needs = kept._needs(Pool.PREFILL)
+        assert (needs.accelerators, needs.cpus) == (2, 1)
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("first", "shares", "count", "expected"),
+    [
+        *[(0, 1, 1, [0, 1, 2, 3]), (1, 1, 2, [2, 3]), (0, 2, 3, [0, 1]), (2, 1, 3, [2])],
+        # More shares than cores: they have some in common.
+        *[(5, 1, 6, [1]), (3, 2, 5, [0, 3]), (0, 8, 8, [0, 1, 2, 3])],
+    ],
+)
+def test_shares_of_cores(
+    monkeypatch: pytest.MonkeyPatch, first: int, shares: int, count: int, expected: list[int]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1, 0, 2})
+    assert shares_of_cores(first, shares, count) == expected
 
 
 def test_newer_settings_replace_workers_one_by_one() -> None:
