@@ -42,8 +42,10 @@ from cluster.scheduler.life import (
     StartPrefill,
 )
 from cluster.scheduler.policy import Ask
+from cluster.scheduler.prefixes import PromptBlocks
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.view import WorkerKey, WorkerView
+from cluster.vllm_blocks import BlockHasher
 from cluster.wire import worker_pb2
 from router.link import WorkerLink
 from router.metrics import RouterMetrics
@@ -74,6 +76,8 @@ class ConnectedWorker:
     handoffs_in: int = 0
     handoffs_out: int = 0
     handoff_bytes_in: int = 0
+    kv_sequence: int | None = None
+    """Of the last KV events; none while it is to tell all that it holds."""
 
 
 class WrongWorker(Exception):
@@ -115,6 +119,10 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         self._calls = 0
         self._worker_up = asyncio.Event()
         self._loras: dict[int, LoRARequest] = {}
+        cache = vllm_config.cache_config
+        self._hasher = (
+            BlockHasher(cache.prefix_caching_hash_algo) if cache.enable_prefix_caching else None
+        )
 
     # --- requests, called by vLLM's front end -----------------------------------------------------
 
@@ -124,7 +132,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         if placing is not None:
             self._placings[request.request_id] = placing
         policy = placing.policy if placing else None
-        self._carry_out(self.scheduler.on_arrival(ask_of(request), self._clock(), policy))
+        self._carry_out(self.scheduler.on_arrival(self._ask(request), self._clock(), policy))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
@@ -176,6 +184,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             kv_tokens=description.kv_blocks * description.block_size_tokens,
             kv_bytes_per_token=description.kv_bytes_per_token,
             inbox_bytes_max=description.inbox_bytes_max,
+            block_tokens=self._block_tokens(key, description),
             draining=record.state is WorkerState.DRAINING,
         )
         self._carry_out(self.scheduler.on_worker_up(view))
@@ -308,10 +317,14 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                     worker.key, load.running, load.waiting, load.kv_usage, load.inbox_bytes
                 )
                 self._on_outputs(worker, self._decoder.decode(list(message.outputs.outputs)))
+                if message.outputs.HasField("kv_events"):
+                    self._on_kv_events(worker, message.outputs.kv_events)
             case "adopted":
                 self._on_adopted(worker, message.adopted)
             case "utility":
                 self._on_reply(worker, message.utility)
+            case "kv_events":
+                self._on_kv_events(worker, message.kv_events)
 
     def _on_outputs(self, worker: ConnectedWorker, outputs: EngineCoreOutputs) -> None:
         # Workers' clocks are their own; the front end takes differences against this process's.
@@ -368,6 +381,39 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             worker.handoff_bytes_in += adopted.bytes
         else:
             logger.warning("%s recomputes %s: %s", worker.key, request_id, adopted.reason)
+
+    def _on_kv_events(self, worker: ConnectedWorker, events: worker_pb2.KvEvents) -> None:
+        prefixes = self.scheduler.prefixes
+        if events.reset:
+            prefixes.reset(worker.key)
+        elif worker.kv_sequence is None:
+            return
+        elif events.sequence != worker.kv_sequence + 1:
+            logger.warning("%s: KV events are missing; asking for all it holds", worker.key)
+            worker.kv_sequence = None
+            worker.link.send(worker_pb2.ToEngine(tell_kv=worker_pb2.TellKv()))
+            return
+        worker.kv_sequence = events.sequence
+        prefixes.removed(worker.key, events.removed)
+        prefixes.stored(worker.key, events.stored)
+
+    def _block_tokens(self, key: WorkerKey, description: worker_pb2.WorkerDescription) -> int:
+        """0 if what the worker tells of its prefix cache would mean nothing here."""
+        probe = description.block_hash_probe
+        if self._hasher is None or not probe:
+            return 0
+        if probe != self._hasher.probe:
+            logger.warning(
+                "%s hashes blocks in another way: its prefix cache is not seen here. Check that "
+                "PYTHONHASHSEED is the same everywhere, and --prefix-caching-hash-algo sha256",
+                key,
+            )
+            return 0
+        return description.block_size_tokens
+
+    def _ask(self, request: EngineCoreRequest) -> Ask:
+        blocks = self._hasher.blocks_of(request) if self._hasher else None
+        return ask_of(request, blocks)
 
     def _cluster_stats(self, latest: SchedulerStats) -> SchedulerStats:
         """The front end shows one engine: gauges are summed over workers, counters are the
@@ -488,7 +534,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         cache.num_gpu_blocks = sum(w.description.kv_blocks for w in self.workers.values())
 
 
-def ask_of(request: EngineCoreRequest) -> Ask:
+def ask_of(request: EngineCoreRequest, blocks: PromptBlocks | None = None) -> Ask:
     params = request.sampling_params
     return Ask(
         request_id=request.request_id,
@@ -500,6 +546,7 @@ def ask_of(request: EngineCoreRequest) -> Ask:
             and request.prompt_embeds is None
             and not request.mm_features
         ),
+        blocks=blocks,
     )
 
 

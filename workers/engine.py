@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ from workers.kv.connector import RECEIVE, SEND
 from workers.kv.endpoint import KvEndpoint
 from workers.kv.frames import digest_tokens
 from workers.kv.inbox import Settled
+from workers.kv_events import KvEventCollector
 from workers.vllm_resume import RESUME, RESUME_VOCAB
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,17 @@ class EngineListener(Protocol):
     """What the engine's thread tells; implementations hand it over to their own thread."""
 
     def on_outputs(
-        self, client: int, outputs: EngineCoreOutputs, load: worker_pb2.WorkerLoad
+        self,
+        client: int,
+        outputs: EngineCoreOutputs,
+        load: worker_pb2.WorkerLoad,
+        kv_events: worker_pb2.KvEvents | None = None,
     ) -> None: ...
+
+    def on_kv_events(
+        self, kv_events: worker_pb2.KvEvents, to: int | None, told: Collection[int] = ()
+    ) -> None:
+        """For client `to`, or for all but those `told` with their outputs."""
 
     def on_adopted(self, client: int, adopted: worker_pb2.Adopted) -> None: ...
 
@@ -96,6 +106,7 @@ class EngineHost:
         self._started = threading.Event()
         self._error: BaseException | None = None
         self._core: EngineCore | None = None
+        self._kv_events: KvEventCollector | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- called from any thread -------------------------------------------------------------
@@ -135,6 +146,10 @@ class EngineHost:
     def call(self, client: int, call_id: int, method: str, args: list[Any]) -> None:
         self._commands.put(lambda: self._call(client, call_id, method, args))
 
+    def tell_kv(self, client: int) -> None:
+        """Tell the client all that the prefix cache holds; it hears of every change after that."""
+        self._commands.put(lambda: self._tell_kv(client))
+
     def stop(self, timeout_s: float) -> None:
         self._stopping = True
         self._commands.put(None)
@@ -146,6 +161,7 @@ class EngineHost:
         try:
             core = EngineCore(self._config, Executor.get_class(self._config), log_stats=True)
             self._core = core
+            self._kv_events = KvEventCollector.install(core)
         except BaseException as error:
             self._error = error
             self._started.set()
@@ -175,10 +191,13 @@ class EngineHost:
         # who paused the engine.
         running = core.scheduler.get_request_counts()[0] and not core.is_scheduler_paused()
         self.turns += executed or not running
+        kv_events = self._kv_events.take() if self._kv_events else None
         if outputs:
             load = self.load()
             for client, client_outputs in outputs.items():
-                self._listener.on_outputs(client, client_outputs, load)
+                self._listener.on_outputs(client, client_outputs, load, kv_events)
+        if kv_events:
+            self._listener.on_kv_events(kv_events, to=None, told=outputs or ())
         self._endpoint.step_ended()
         if not executed and core.scheduler.has_requests():
             time.sleep(IDLE_STEP_S)
@@ -311,6 +330,13 @@ class EngineHost:
     def _grammar_ready(request: Request) -> bool:
         structured = request.structured_output_request
         return structured is not None and bool(structured.is_grammar_ready)
+
+    def _tell_kv(self, client: int) -> None:
+        if self._kv_events is None:
+            return
+        if (changed := self._kv_events.take()) is not None:
+            self._listener.on_kv_events(changed, to=None)
+        self._listener.on_kv_events(self._kv_events.everything(), to=client)
 
     def _abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:

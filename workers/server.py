@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         assert self.engine is not None, "served before the engine was ready"
         self._next_client += 1
         link = self._links[self._next_client] = _Link(self._next_client)
+        self.engine.tell_kv(link.client)
         reader = asyncio.create_task(self._read(link, requests))
         try:
             while (message := await link.outgoing.get()) is not None:
@@ -104,6 +105,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     link.request_ids.difference_update(message.abort.request_ids)
                 elif kind == "drop":
                     self.engine.drop_transfer(message.drop.transfer_id)
+                elif kind == "tell_kv":
+                    self.engine.tell_kv(link.client)
                 elif kind == "utility":
                     call = message.utility
                     args = msgspec.msgpack.decode(call.args)
@@ -118,9 +121,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     # --- EngineListener, called on the engine's thread ----------------------------------------
 
     def on_outputs(
-        self, client: int, outputs: EngineCoreOutputs, load: worker_pb2.WorkerLoad
+        self,
+        client: int,
+        outputs: EngineCoreOutputs,
+        load: worker_pb2.WorkerLoad,
+        kv_events: worker_pb2.KvEvents | None = None,
     ) -> None:
-        self._loop.call_soon_threadsafe(self._send_outputs, client, outputs, load)
+        self._loop.call_soon_threadsafe(self._send_outputs, client, outputs, load, kv_events)
+
+    def on_kv_events(
+        self, kv_events: worker_pb2.KvEvents, to: int | None, told: Collection[int] = ()
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._send_kv_events, kv_events, to, told)
 
     def on_adopted(self, client: int, adopted: worker_pb2.Adopted) -> None:
         message = worker_pb2.FromEngine(adopted=adopted)
@@ -147,7 +159,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     # --- on the event loop ----------------------------------------------------------------------
 
     def _send_outputs(
-        self, client: int, outputs: EngineCoreOutputs, load: worker_pb2.WorkerLoad
+        self,
+        client: int,
+        outputs: EngineCoreOutputs,
+        load: worker_pb2.WorkerLoad,
+        kv_events: worker_pb2.KvEvents | None,
     ) -> None:
         link = self._links.get(client)
         if link is None:
@@ -156,8 +172,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             if output.finish_reason is not None:
                 link.request_ids.discard(output.request_id)
         buffers = [bytes(buffer) for buffer in self._encoder.encode(outputs)]
-        step = worker_pb2.StepOutputs(outputs=buffers, load=load)
+        step = worker_pb2.StepOutputs(outputs=buffers, load=load, kv_events=kv_events)
         self._send(client, worker_pb2.FromEngine(outputs=step))
+
+    def _send_kv_events(
+        self, kv_events: worker_pb2.KvEvents, to: int | None, told: Collection[int]
+    ) -> None:
+        for client in list(self._links) if to is None else [to]:
+            if client not in told:
+                self._send(client, worker_pb2.FromEngine(kv_events=kv_events))
 
     def _send(self, client: int, message: worker_pb2.FromEngine) -> None:
         link = self._links.get(client)

@@ -21,6 +21,7 @@ from cluster.vllm_args import parse_vllm_args
 from cluster.wire import worker_pb2
 from workers.kv.endpoint import ENDPOINT_KEY
 from workers.kv.inbox import KvGeometry
+from workers.kv_events import events_config
 
 WEIGHT_SAMPLE_BYTES = 1 << 20
 
@@ -48,6 +49,7 @@ def engine_config(vllm_args: Sequence[str], endpoint: str) -> VllmConfig:
         kv_connector_extra_config={ENDPOINT_KEY: endpoint},
         kv_load_failure_policy="recompute",
     )
+    args.kv_events_config = events_config(args.kv_events_config)
     config = args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     model = config.model_config
     if model.is_hybrid or model.use_mla or model.is_encoder_decoder:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import grpc.aio
 
 from cluster.membership import WorkerState
+from cluster.vllm_blocks import engine_probe
 from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
 from workers.engine import EngineHost
 from workers.health import until_stuck
@@ -150,6 +151,8 @@ def _describe(
     address: str,
 ) -> worker_pb2.WorkerDescription:
     vllm_config = engine.core.vllm_config
+    cache = vllm_config.cache_config
+    probe = engine_probe(cache.prefix_caching_hash_algo) if cache.enable_prefix_caching else 0
     return worker_pb2.WorkerDescription(
         worker_id=settings.worker_id,
         incarnation=settings.incarnation,
@@ -163,6 +166,7 @@ def _describe(
         max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         kv_bytes_per_token=endpoint.inbox.geometry.bytes_per_token,
         inbox_bytes_max=settings.handoff.inbox_bytes,
+        block_hash_probe=probe,
         supported_tasks=list(engine.core.get_supported_tasks()),
     )
 

@@ -4,9 +4,12 @@ prompt, too."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cluster.scheduler.view import WorkerView
+
+if TYPE_CHECKING:
+    from cluster.scheduler.policy import Ask
 
 INBOX_LOAD_MAX = 0.9
 """Above this share of its inbox, a decode worker would have to refuse the KV and compute again."""
@@ -24,25 +27,30 @@ class HandOverRule:
     local_prompt_tokens: int = 0
     when: HandOver = "always"
 
-    def stays(self, tokens: int, prefill: WorkerView, decode: WorkerView) -> str:
-        """Why a request of a context of `tokens` stays on its decode worker. Empty: it is handed
-        over."""
+    def stays(self, ask: Ask, prefill: WorkerView, decode: WorkerView) -> str:
+        """Why the request stays on its decode worker. Empty: it is handed over."""
+        tokens = ask.tokens_to_compute
+        if ask.held_tokens:
+            rest = ask.tokens_to_compute_on(decode)
+            if rest < tokens and rest <= max(self.local_prompt_tokens, decode.block_tokens):
+                return "prefix held"
         if decode.inbox_bytes_max:
             bytes_held = decode.reported_inbox_bytes + tokens * decode.kv_bytes_per_token
             if bytes_held > decode.inbox_bytes_max * INBOX_LOAD_MAX:
                 return "inbox full"
         if self.when == "cheaper":
-            return self._cheaper(tokens, prefill, decode)
+            return self._cheaper(ask, prefill, decode)
         return ""
 
-    def _cheaper(self, tokens: int, prefill: WorkerView, decode: WorkerView) -> str:
+    def _cheaper(self, ask: Ask, prefill: WorkerView, decode: WorkerView) -> str:
         """Compares what the requests concerned wait in all: with a local prefill, so do those that
         decode there."""
-        compute_s = decode.rates.prefill.predict_s(tokens)
+        compute_s = decode.rates.prefill.predict_s(ask.tokens_to_compute_on(decode))
         stay_s = decode.prefill_wait_s + compute_s * (1 + decode.decodes)
-        exposed_s = decode.rates.exposed.predict_s(tokens * decode.kv_bytes_per_token)
-        prefill_s = prefill.prefill_wait_s + prefill.rates.prefill.predict_s(tokens)
-        if stay_s > prefill_s + exposed_s:
+        kv_bytes = ask.tokens_to_compute * decode.kv_bytes_per_token
+        exposed_s = decode.rates.exposed.predict_s(kv_bytes)
+        compute_there_s = prefill.rates.prefill.predict_s(ask.tokens_to_compute_on(prefill))
+        if stay_s > prefill.prefill_wait_s + compute_there_s + exposed_s:
             return ""
         return "slow hand-off" if exposed_s > compute_s else "cheaper local"
 

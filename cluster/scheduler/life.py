@@ -149,6 +149,7 @@ class Life:
             max_tokens=self.tokens_left,
             resumed_tokens=len(self.tokens),
             can_hand_over=self.ask.can_hand_over,
+            blocks=self.ask.blocks,
         )
 
     def start(self, placement: Placement, id_suffix: str) -> Action:

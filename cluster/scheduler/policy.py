@@ -4,12 +4,13 @@ at once, as Splitwise has it (section IV-A): the hand-off's two ends are chosen 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import ClassVar, Protocol
 
 from cluster.scheduler.handover import HandOverRule
+from cluster.scheduler.prefixes import PromptBlocks
 from cluster.scheduler.view import ClusterView, Pools, WorkerKey, WorkerView
 
 
@@ -25,10 +26,19 @@ class Ask:
     """Output tokens the client has already, to be computed again with the prompt."""
     can_hand_over: bool = True
     """False for work that has no decode phase, or whose output needs the prompt in one piece."""
+    blocks: PromptBlocks | None = field(default=None, compare=False)
+    held_tokens: Mapping[WorkerKey, int] | None = field(default=None, compare=False)
+    """How much of the prompt's beginning is in the prefix caches of those workers that have any."""
 
     @property
     def tokens_to_compute(self) -> int:
         return self.prompt_tokens + self.resumed_tokens
+
+    def tokens_to_compute_on(self, worker: WorkerView) -> int:
+        """Beside what its prefix cache holds; at least one."""
+        if not self.held_tokens:
+            return self.tokens_to_compute
+        return max(1, self.tokens_to_compute - self.held_tokens.get(worker.key, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,8 @@ class Placement:
     """The prefill worker is of the decode pool, and mixed until the prompt is done."""
     lends_decode: bool = False
     """The decode worker is of the prefill pool, and mixed until the request is done."""
+    decode_cached_tokens: int = 0
+    """What the decode worker's prefix cache is known to hold of the prompt's beginning."""
 
     @property
     def hands_over(self) -> bool:
@@ -99,7 +111,7 @@ class PairPolicy(ABC):
         assert decode is not None, "a prefill worker can decode, too"
         reason = prefill.reason or decode.reason or self.reason
         if decode.worker is not prefill.worker:
-            stays = self.rule.stays(tokens, prefill.worker, decode.worker)
+            stays = self.rule.stays(ask, prefill.worker, decode.worker)
             if stays:
                 return _stay(decode, stays, lends_decode=decode.lends)
         elif peers.count == 1:

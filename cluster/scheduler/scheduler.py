@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.scheduler.life import Action, CancelLeg, DropTransfer, Finish, Life, Phase
-from cluster.scheduler.policy import Ask, PlacementPolicy
+from cluster.scheduler.policy import Ask, Placement, PlacementPolicy
+from cluster.scheduler.prefixes import PrefixIndex
 from cluster.scheduler.rates import Rates
 from cluster.scheduler.view import NOTHING, ClusterView, PlacedLoad, WorkerKey, WorkerView
 
@@ -38,6 +39,7 @@ class Scheduler:
     queue_deadline_s: float = 30.0
     queued_max: int = 4096
     view: ClusterView = field(default_factory=ClusterView)
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     lives: dict[str, Life] = field(default_factory=dict)
     _by_leg: dict[str, Life] = field(default_factory=dict)
     _charges: dict[str, _Charge] = field(default_factory=dict)
@@ -122,10 +124,13 @@ class Scheduler:
         worker.rates = self._rates.of_one()
         self.view.workers[worker.key] = worker
         worker.count_others(self._others.get(worker.key, NOTHING))
+        if worker.block_tokens:
+            self.prefixes.add(worker.key, worker.block_tokens)
         return self._place_queued()
 
     def on_worker_lost(self, key: WorkerKey, now_s: float) -> list[Action]:
         self.view.workers.pop(key, None)
+        self.prefixes.remove(key)
         actions: list[Action] = []
         for life in [life for life in self.lives.values() if life.depends_on(key)]:
             life.losses += 1
@@ -204,9 +209,13 @@ class Scheduler:
 
     def _place(self, life: Life) -> list[Action] | None:
         ask = life.remaining()
+        if ask.blocks is not None and (held := self.prefixes.held_tokens(ask.blocks)):
+            ask = replace(ask, held_tokens=held)
         placement = self.policy_of(life).place(ask, self.view)
         if placement is None:
             return None
+        if ask.held_tokens:
+            placement = self._use_held(ask, placement)
         actions = [life.start(placement, self.new_id())]
         assert life.leg is not None
         self._by_leg[life.leg.leg_id] = life
@@ -230,6 +239,13 @@ class Scheduler:
             since_s=self._now_s,
         )
         return actions
+
+    def _use_held(self, ask: Ask, placement: Placement) -> Placement:
+        assert ask.blocks is not None and ask.held_tokens is not None
+        for key in {placement.prefill, placement.decode}:
+            self.prefixes.use(key, ask.blocks, ask.held_tokens.get(key, 0))
+        held = ask.held_tokens.get(placement.decode, 0)
+        return replace(placement, decode_cached_tokens=held)
 
     def _place_queued(self) -> list[Action]:
         actions: list[Action] = []

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from cluster.scheduler.rates import Rates
 
+KV_LOAD_MAX = 0.9
+"""Above this share of its KV cache, a decode worker's queue is long."""
+
 
 class Pool(enum.StrEnum):
     """A label the scheduler gives: every worker can do both kinds of work."""
@@ -60,6 +63,8 @@ class WorkerView:
     """Tokens that its KV cache holds."""
     draining: bool = False
     kv_bytes_per_token: int = 0
+    block_tokens: int = 0
+    """Tokens in a block of its prefix cache; 0: it tells nothing of what it holds."""
     inbox_bytes_max: int = 0
     """Of KV that may wait there for its decode leg; 0: not known."""
     rates: Rates = field(default_factory=Rates, compare=False)
@@ -107,6 +112,10 @@ class WorkerView:
         promised = self.decode_tokens + self.pending_prompt_tokens - self.pending_local_tokens
         share = promised / self.kv_tokens if self.kv_tokens else float(promised)
         return share if share > self.reported_kv_usage else self.reported_kv_usage
+
+    def has_room(self, tokens: int) -> bool:
+        """For a context of `tokens`, and for what those that run there still make."""
+        return self.kv_load + tokens / max(1, self.kv_tokens) <= KV_LOAD_MAX
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "fingerprint", "kv_address", "accelerator", "max_model_len_tokens", "kv_blocks", "block_size_tokens", "max_num_seqs", "max_num_batched_tokens", "kv_bytes_per_token", "supported_tasks", "inbox_bytes_max")
+    __slots__ = ("worker_id", "incarnation", "fingerprint", "kv_address", "accelerator", "max_model_len_tokens", "kv_blocks", "block_size_tokens", "max_num_seqs", "max_num_batched_tokens", "kv_bytes_per_token", "supported_tasks", "inbox_bytes_max", "block_hash_probe")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class WorkerDescription(_message.Message):
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SUPPORTED_TASKS_FIELD_NUMBER: _ClassVar[int]
     INBOX_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASH_PROBE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     fingerprint: Fingerprint
@@ -38,7 +39,8 @@ class WorkerDescription(_message.Message):
     kv_bytes_per_token: int
     supported_tasks: _containers.RepeatedScalarFieldContainer[str]
     inbox_bytes_max: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., kv_address: _Optional[str] = ..., accelerator: _Optional[str] = ..., max_model_len_tokens: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., supported_tasks: _Optional[_Iterable[str]] = ..., inbox_bytes_max: _Optional[int] = ...) -> None: ...
+    block_hash_probe: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., kv_address: _Optional[str] = ..., accelerator: _Optional[str] = ..., max_model_len_tokens: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., supported_tasks: _Optional[_Iterable[str]] = ..., inbox_bytes_max: _Optional[int] = ..., block_hash_probe: _Optional[int] = ...) -> None: ...
 
 class Fingerprint(_message.Message):
     __slots__ = ("model", "revision", "weights", "dtype", "kv_dtype", "layers", "kv_heads", "head_size", "vllm_version", "baton_version")
@@ -65,18 +67,20 @@ class Fingerprint(_message.Message):
     def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., weights: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., vllm_version: _Optional[str] = ..., baton_version: _Optional[str] = ...) -> None: ...
 
 class ToEngine(_message.Message):
-    __slots__ = ("number", "add", "abort", "utility", "drop")
+    __slots__ = ("number", "add", "abort", "utility", "drop", "tell_kv")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     ADD_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     UTILITY_FIELD_NUMBER: _ClassVar[int]
     DROP_FIELD_NUMBER: _ClassVar[int]
+    TELL_KV_FIELD_NUMBER: _ClassVar[int]
     number: int
     add: AddRequest
     abort: AbortRequests
     utility: UtilityCall
     drop: DropTransfer
-    def __init__(self, number: _Optional[int] = ..., add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ...) -> None: ...
+    tell_kv: TellKv
+    def __init__(self, number: _Optional[int] = ..., add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ..., tell_kv: _Optional[_Union[TellKv, _Mapping]] = ...) -> None: ...
 
 class AddRequest(_message.Message):
     __slots__ = ("leg_id", "request", "send", "receive", "resume_token_ids")
@@ -128,6 +132,10 @@ class DropTransfer(_message.Message):
     transfer_id: str
     def __init__(self, transfer_id: _Optional[str] = ...) -> None: ...
 
+class TellKv(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class UtilityCall(_message.Message):
     __slots__ = ("call_id", "method", "args")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -139,26 +147,42 @@ class UtilityCall(_message.Message):
     def __init__(self, call_id: _Optional[int] = ..., method: _Optional[str] = ..., args: _Optional[bytes] = ...) -> None: ...
 
 class FromEngine(_message.Message):
-    __slots__ = ("number", "outputs", "utility", "adopted", "failed")
+    __slots__ = ("number", "outputs", "utility", "adopted", "failed", "kv_events")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     UTILITY_FIELD_NUMBER: _ClassVar[int]
     ADOPTED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     number: int
     outputs: StepOutputs
     utility: UtilityReply
     adopted: Adopted
     failed: EngineFailed
-    def __init__(self, number: _Optional[int] = ..., outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., utility: _Optional[_Union[UtilityReply, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ...) -> None: ...
+    kv_events: KvEvents
+    def __init__(self, number: _Optional[int] = ..., outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., utility: _Optional[_Union[UtilityReply, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
-    __slots__ = ("outputs", "load")
+    __slots__ = ("outputs", "load", "kv_events")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedScalarFieldContainer[bytes]
     load: WorkerLoad
-    def __init__(self, outputs: _Optional[_Iterable[bytes]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
+    kv_events: KvEvents
+    def __init__(self, outputs: _Optional[_Iterable[bytes]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ...) -> None: ...
+
+class KvEvents(_message.Message):
+    __slots__ = ("sequence", "reset", "stored", "removed")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    RESET_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    reset: bool
+    stored: _containers.RepeatedScalarFieldContainer[int]
+    removed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence: _Optional[int] = ..., reset: _Optional[bool] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class UtilityReply(_message.Message):
     __slots__ = ("call_id", "result", "error")

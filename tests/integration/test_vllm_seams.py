@@ -1,21 +1,28 @@
 """What Baton relies on inside vLLM, checked one by one: after an upgrade this says what changed.
 
 The files that touch vLLM's internals: workers/engine.py, workers/vllm_config.py,
-workers/vllm_resume.py, workers/kv/connector.py, workers/kv/layout.py, router/cluster_core.py,
-router/server.py, cluster/vllm_args.py.
+workers/vllm_resume.py, workers/kv_events.py, workers/kv/connector.py, workers/kv/layout.py,
+router/cluster_core.py, router/server.py, cluster/vllm_args.py, cluster/vllm_blocks.py.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import re
+from typing import Any
 
 import msgspec
 import pytest
 import torch
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 
+from cluster.vllm_blocks import BlockHasher, engine_probe
 from cluster.wire import kv_pb2
 from workers.kv.layout import paged_layer
+from workers.kv_events import KvEventCollector
 from workers.vllm_resume import CpuGenerator
 
 PINNED = "0.32.0"
@@ -80,8 +87,6 @@ def test_front_end_makes_its_core_where_we_replace_it() -> None:
 
 def test_front_end_calls_only_what_cluster_core_has() -> None:
     """Every method of the core that vLLM's front end calls is ours, or is known to be left out."""
-    import re
-
     from vllm.v1.engine import async_llm
 
     from router.cluster_core import ClusterCore
@@ -161,3 +166,124 @@ def test_scheduler_loads_synchronously_before_the_forward_pass() -> None:
 
     source = inspect.getsource(KVConnectorModelRunnerMixin._get_kv_connector_output)
     assert "has_sync_kv_loads" in source
+
+
+# --- the prefix cache's blocks --------------------------------------------------------------------
+
+
+def test_scheduler_publishes_kv_events_where_we_listen() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    made, updated = map(inspect.getsource, (Scheduler.__init__, Scheduler.update_from_output))
+    assert "self.kv_event_publisher = " in made
+    assert "self.kv_event_publisher.publish(batch)" in updated
+    public = {"publish", "shutdown", "get_publisher_config"}
+    used = set(re.findall(r"kv_event_publisher\.(\w+)\(", inspect.getsource(Scheduler)))
+    assert used <= public, f"the collector lacks {used - public}"
+
+
+class Published:
+    """What vLLM's publisher would have got."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def publish(self, batch: Any) -> None:
+        self.batches.append(batch)
+
+
+def core_request(tokens: list[int], **values: Any) -> EngineCoreRequest:
+    fixed = {
+        "request_id": "r",
+        "prompt_token_ids": tokens,
+        "mm_features": None,
+        "sampling_params": SamplingParams(max_tokens=4),
+        "pooling_params": None,
+        "arrival_time": 0.0,
+        "lora_request": None,
+        "cache_salt": None,
+        "data_parallel_rank": None,
+    }
+    return EngineCoreRequest(**{**fixed, **values})
+
+
+LORA = LoRARequest(lora_name="adapter", lora_int_id=1, lora_path="/adapter")
+
+
+@pytest.mark.parametrize("values", [{}, {"cache_salt": "s"}, {"lora_request": LORA}], ids=str)
+@pytest.mark.parametrize("algorithm", ["sha256", "sha256_cbor"])
+def test_router_hashes_blocks_as_the_engine_does(algorithm: str, values: dict[str, Any]) -> None:
+    """From the engine's pool of blocks through its events, to the router's hashes of the prompt."""
+    from vllm.distributed.kv_events import KVEventBatch
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    size, tokens = 16, list(range(5, 5 + 3 * 16 + 7))
+    hash_function = get_hash_fn_by_name(algorithm)
+    init_none_hash(hash_function)
+    arrived = core_request(tokens, **values)
+    request = Request.from_engine_core_request(
+        arrived, get_request_block_hasher(size, hash_function)
+    )
+    # Four blocks, of which one is vLLM's null block: another prompt evicts one of these.
+    pool = BlockPool(4, True, size, enable_kv_cache_events=True)
+    blocks = pool.get_new_blocks(3)
+    pool.cache_full_blocks(request, blocks, 0, 3, size, 0)
+    published = Published()
+    collector = KvEventCollector(published)
+    collector.publish(KVEventBatch(ts=0.0, events=pool.take_events()))
+
+    told = collector.take()
+    hasher = BlockHasher(algorithm)
+    prompt = hasher.blocks_of(arrived)
+    assert told is not None and prompt is not None
+    assert list(told.stored) == list(prompt.hashes(size)) == list(prompt.hashes(size))
+    assert len(told.stored) == 3 and not told.removed and told.sequence == 1
+    assert len(published.batches) == 1 and collector.take() is None
+    assert engine_probe(algorithm) == hasher.probe
+    other = hasher.blocks_of(core_request(tokens, cache_salt="another"))
+    assert other is not None and not set(other.hashes(size)) & set(told.stored)
+
+    pool.free_blocks(reversed(blocks))
+    pool.get_new_blocks(1)
+    collector.publish(KVEventBatch(ts=0.0, events=pool.take_events()))
+    evicted = collector.take()
+    assert evicted is not None and list(evicted.removed) == [told.stored[2]]
+    everything = collector.everything()
+    assert everything.reset and everything.sequence == evicted.sequence == 2
+    assert list(everything.stored) == list(told.stored[:2])
+
+
+def test_a_seed_of_its_own_makes_other_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = BlockHasher("sha256").probe
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    assert BlockHasher("sha256").probe != plain
+
+
+def test_copies_of_a_block_are_counted() -> None:
+    """vLLM tells of every block that has a hash; the cache holds it until the last is gone."""
+    from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch
+
+    collector = KvEventCollector(Published())
+
+    def publish(*events: Any) -> tuple[bool, list[int], list[int]] | None:
+        collector.publish(KVEventBatch(ts=0.0, events=list(events)))
+        told = collector.take()
+        return told and (told.reset, list(told.stored), list(told.removed))
+
+    def stored(*blocks: int, group: int = 0) -> Any:
+        return BlockStored(list(blocks), None, [], 16, None, None, None, group_idx=group)
+
+    def removed(*blocks: int) -> Any:
+        return BlockRemoved(list(blocks), None, group_idx=0)
+
+    assert publish(stored(1, 2), stored(1)) == (False, [1, 2], [])
+    assert publish(removed(1)) is None
+    assert publish(removed(1), stored(3)) == (False, [3], [1])
+    assert publish(removed(3), stored(3), stored(9, group=1)) is None
+    assert publish(stored(4), removed(4)) is None
+    assert list(collector.everything().stored) == [2, 3]
+    assert publish(AllBlocksCleared(), stored(5)) == (True, [5], [])
+    assert list(collector.everything().stored) == [5]

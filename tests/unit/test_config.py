@@ -124,8 +124,8 @@ def test_a_pools_own_arguments_come_last_and_win(
         ("local_nodes:\n  - cpus: 0", "local_nodes.0.cpus: input should be greater than 0, got 0"),
         (
             "policy: nearest",
-            "policy: input should be 'splitwise', 'round_robin', 'random' or 'power_of_two', "
-            "got 'nearest'",
+            "policy: input should be 'splitwise', 'round_robin', 'random', 'power_of_two', "
+            "'prefix_aware' or 'predicted_latency', got 'nearest'",
         ),
         ("name: a/b", "name: string should match pattern"),
         ("- port", "baton.yaml: it must hold names and values"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from cluster.scheduler.policy import Ask
 from cluster.scheduler.rates import Rates
 from cluster.scheduler.view import ClusterView, Pool, WorkerKey, WorkerView
 
+ASK = Ask("r", prompt_tokens=1000, max_tokens=50)
 ALWAYS, CHEAPER = HandOverRule(), HandOverRule(when="cheaper")
 
 
@@ -35,40 +37,61 @@ def seen(prefill_s: float, exposed_s: float) -> Rates:
 
 
 def test_an_ordinary_prompt_is_handed_over_to_an_idle_worker() -> None:
-    assert ALWAYS.stays(1000, *pair()) == ""
-    assert ALWAYS.stays(1000, *pair(rates=seen(prefill_s=0.1, exposed_s=10))) == ""
+    assert ALWAYS.stays(ASK, *pair()) == ""
+    assert ALWAYS.stays(ASK, *pair(rates=seen(prefill_s=0.1, exposed_s=10))) == ""
 
 
 @pytest.mark.parametrize("rule", [ALWAYS, CHEAPER])
 def test_a_full_inbox_gets_no_more(rule: HandOverRule) -> None:
     bound = {"inbox_bytes_max": 10_000_000, "decodes": 100}
-    assert rule.stays(1000, *pair(reported_inbox_bytes=7_900_000, **bound)) == ""
-    assert rule.stays(1000, *pair(reported_inbox_bytes=8_100_000, **bound)) == "inbox full"
-    assert rule.stays(9100, *pair(**bound)) == "inbox full"
+    assert rule.stays(ASK, *pair(reported_inbox_bytes=7_900_000, **bound)) == ""
+    assert rule.stays(ASK, *pair(reported_inbox_bytes=8_100_000, **bound)) == "inbox full"
+    assert rule.stays(replace(ASK, prompt_tokens=9100), *pair(**bound)) == "inbox full"
 
 
 def test_cheaper_an_idle_decode_worker_computes_the_prompt_itself() -> None:
     rates = seen(prefill_s=0.1, exposed_s=0.01)
-    assert CHEAPER.stays(1000, *pair(rates=rates)) == "cheaper local"
-    assert CHEAPER.stays(1000, *pair(rates=rates, decodes=2)) == ""
+    assert CHEAPER.stays(ASK, *pair(rates=rates)) == "cheaper local"
+    assert CHEAPER.stays(ASK, *pair(rates=rates, decodes=2)) == ""
 
 
 def test_cheaper_queues_on_both_sides_count() -> None:
     rates = seen(prefill_s=0.1, exposed_s=0.01)
     prefill, decode = pair(rates=rates, decodes=2)
     prefill.rates, prefill.pending_prompt_tokens = rates, 5000
-    assert CHEAPER.stays(1000, prefill, decode) == "cheaper local"
+    assert CHEAPER.stays(ASK, prefill, decode) == "cheaper local"
     decode.pending_prompt_tokens = 5000
-    assert CHEAPER.stays(1000, prefill, decode) == ""
+    assert CHEAPER.stays(ASK, prefill, decode) == ""
 
 
 def test_cheaper_a_slow_network_is_avoided_until_it_is_forgotten() -> None:
     rates = seen(prefill_s=0.1, exposed_s=5)
     prefill, decode = pair(rates=rates, decodes=4)
-    assert CHEAPER.stays(1000, prefill, decode) == "slow hand-off"
+    assert CHEAPER.stays(ASK, prefill, decode) == "slow hand-off"
     for _ in range(300):
         rates.exposed.fade()
-    assert CHEAPER.stays(1000, prefill, decode) == ""
+    assert CHEAPER.stays(ASK, prefill, decode) == ""
+
+
+def test_a_prompt_that_the_decode_worker_holds_stays() -> None:
+    prefill, decode = pair(block_tokens=16, decodes=100)
+    for held, stays in ((0, ""), (976, ""), (984, "prefix held"), (992, "prefix held")):
+        assert ALWAYS.stays(replace(ASK, held_tokens={decode.key: held}), prefill, decode) == stays
+    there = replace(ASK, held_tokens={prefill.key: 992})
+    assert ALWAYS.stays(there, prefill, decode) == ""
+    some = replace(ASK, held_tokens={decode.key: 960})
+    assert HandOverRule(40).stays(some, prefill, decode) == "prefix held"
+
+
+def test_cheaper_what_is_held_is_not_computed() -> None:
+    rates = seen(prefill_s=1, exposed_s=0.01)
+    prefill, decode = pair(rates=rates, decodes=2, block_tokens=16)
+    prefill.rates = rates
+    assert CHEAPER.stays(ASK, prefill, decode) == ""
+    held = replace(ASK, held_tokens={decode.key: 800})
+    assert CHEAPER.stays(held, prefill, decode) == "cheaper local"
+    both = replace(ASK, held_tokens={decode.key: 800, prefill.key: 800})
+    assert CHEAPER.stays(both, prefill, decode) == ""
 
 
 def test_every_policy_keeps_to_the_rule() -> None:

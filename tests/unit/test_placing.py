@@ -149,7 +149,7 @@ def test_an_unknown_policy_is_refused(client: TestClient, core: FakeCore) -> Non
     assert answer.json() == {
         "error": {
             "message": "no policy is called 'best': there are splitwise, round_robin, random, "
-            "power_of_two",
+            "power_of_two, prefix_aware, predicted_latency",
             "type": "BadRequestError",
             "param": "X-Baton-Policy",
             "code": 400,

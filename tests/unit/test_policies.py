@@ -101,7 +101,7 @@ def test_an_unknown_name_is_answered_with_those_known(installed: EntryPoints) ->
         make_policy("best", PolicyOptions())
     assert str(refused.value) == (
         "no policy is called 'best': there are splitwise, round_robin, random, power_of_two, "
-        "nearest"
+        "prefix_aware, predicted_latency, nearest"
     )
 
 
@@ -160,7 +160,7 @@ def test_what_is_installed_is_looked_up_once(installed: EntryPoints) -> None:
             policies.get("nearest")
     assert made["broken"] == 1
     installed.clear()
-    with pytest.raises(BadPolicy, match="two, nearest"):
+    with pytest.raises(BadPolicy, match="latency, nearest"):
         policies.get("best")
 
 

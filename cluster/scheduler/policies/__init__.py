@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from cluster.scheduler.handover import HandOver, HandOverRule
 from cluster.scheduler.policies.baselines import PowerOfTwo, Random, RoundRobin
 from cluster.scheduler.policies.guarded import Guarded
+from cluster.scheduler.policies.scored import PredictedLatency, PrefixAware
 from cluster.scheduler.policies.splitwise import Splitwise
 from cluster.scheduler.policy import PlacementPolicy
 
@@ -39,6 +40,8 @@ BUILT_IN: dict[str, Callable[[PolicyOptions], PlacementPolicy]] = {
     "round_robin": lambda o: RoundRobin(o.rule),
     "random": lambda o: Random(o.rng, o.rule),
     "power_of_two": lambda o: PowerOfTwo(o.rng, o.rule),
+    "prefix_aware": lambda o: PrefixAware(o.rule),
+    "predicted_latency": lambda o: PredictedLatency(o.rule),
 }
 
 

@@ -18,9 +18,6 @@ from cluster.scheduler.policy import (
 )
 from cluster.scheduler.view import Pool, Pools, WorkerView
 
-KV_LOAD_MAX = 0.9
-"""Above this share of its KV cache, a decode worker's queue is long."""
-
 
 @dataclass(frozen=True, slots=True)
 class Splitwise(PairPolicy):
@@ -87,8 +84,7 @@ def _is_spare(worker: WorkerView, pool: list[WorkerView]) -> bool:
 
 
 def _has_room(worker: WorkerView, ask: Ask) -> bool:
-    needed = ask.tokens_to_compute / max(1, worker.kv_tokens)
-    return worker.kv_load + needed <= KV_LOAD_MAX
+    return worker.has_room(ask.tokens_to_compute)
 
 
 def _make_do(
