@@ -90,6 +90,7 @@ class _Slot:
     worker_id: str
     pool: Pool
     incarnation: str = ""
+    started_unix_s: float = 0.0
     settings: ControllerSettings | None = None
     """It was started with these."""
     drain_asked: bool = False
@@ -241,6 +242,7 @@ class Controller:
             slot.node = addresses[placement.node_id]
             slot.starts += 1
             slot.incarnation = uuid.uuid4().hex[:12]
+            slot.started_unix_s = time.time()
             slot.settings, slot.drain_asked, slot.ready_at_s = self._settings, False, 0.0
             slot.lapsed.clear()
             slot.task = asyncio.create_task(self._live(slot), name=slot.worker_id)
@@ -323,6 +325,7 @@ class Controller:
             {
                 "worker_id": slot.worker_id,
                 "incarnation": slot.incarnation,
+                "started_unix_s": slot.started_unix_s,
                 "vllm_args": settings.vllm_args[slot.pool],
                 "host": settings.worker_host or slot.node,
                 "accelerator": slot.placement.accelerator or "CPU",
@@ -359,7 +362,7 @@ class Controller:
             await asyncio.gather(slot.task, return_exceptions=True)
         self._release(slot)
         with contextlib.suppress(*REDIS_ERRORS):
-            await self._membership.remove_worker(slot.worker_id)
+            await self._membership.remove_worker(slot.worker_id, slot.incarnation)
 
     def _release(self, slot: _Slot) -> None:
         if slot.actor is not None:
@@ -377,6 +380,7 @@ class Controller:
         record = WorkerRecord(
             worker_id=slot.worker_id,
             incarnation=slot.incarnation,
+            started_unix_s=slot.started_unix_s,
             pool=slot.pool,
             state=state,
             accelerator=(placement.accelerator or "CPU") if placement else "",

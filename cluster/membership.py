@@ -44,11 +44,17 @@ class WorkerRecord:
     accelerator: str = ""
     node: str = ""
     pid: int = 0
+    started_unix_s: float = 0.0
+    """By one clock for all starts of a worker."""
     placement_reason: str = ""
     detail: str = ""
     """Why it failed, for people."""
     drain_until_unix_s: float = 0.0
     """While it drains: when the requests left on it go on elsewhere."""
+
+    def is_superseded_by(self, other: WorkerRecord) -> bool:
+        """It was taken for dead, and a later start of the worker has its place."""
+        return self.incarnation != other.incarnation and self.started_unix_s < other.started_unix_s
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -97,13 +103,30 @@ class Membership:
         self._prefix = f"baton:{cluster}"
         self.lease_s = lease_s
 
-    async def put_worker(self, record: WorkerRecord) -> None:
-        """Write a worker's record; it vanishes when not written again within the lease."""
+    async def put_worker(self, record: WorkerRecord) -> bool:
+        """Write a worker's record; it vanishes when not written again within the lease. False, and
+        nothing is written, where a later start of the worker has its place."""
         key = f"{self._prefix}:worker:{record.worker_id}"
-        await self._redis.set(key, record.to_json(), px=int(self.lease_s * 1000))
+        async with self._redis.pipeline() as pipe:
+            await pipe.watch(key)
+            held = await pipe.get(key)
+            if held is not None and record.is_superseded_by(WorkerRecord.from_json(held)):
+                return False
+            pipe.multi()  # type: ignore[no-untyped-call]
+            pipe.set(key, record.to_json(), px=int(self.lease_s * 1000))
+            await pipe.execute()
+        return True
 
-    async def remove_worker(self, worker_id: str) -> None:
-        await self._redis.delete(f"{self._prefix}:worker:{worker_id}")
+    async def remove_worker(self, worker_id: str, incarnation: str) -> None:
+        """Not another start's record."""
+        key = f"{self._prefix}:worker:{worker_id}"
+        async with self._redis.pipeline() as pipe:
+            await pipe.watch(key)
+            held = await pipe.get(key)
+            if held is not None and WorkerRecord.from_json(held).incarnation == incarnation:
+                pipe.multi()  # type: ignore[no-untyped-call]
+                pipe.delete(key)
+                await pipe.execute()
 
     async def workers(self) -> list[WorkerRecord]:
         texts = await self._values(f"{self._prefix}:worker:*")

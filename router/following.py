@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.membership import WorkerRecord, WorkerState
 from cluster.scheduler.view import ClusterView, WorkerKey
@@ -38,6 +38,21 @@ class Leases:
 
     def tell(self, now_s: float) -> bool:
         return now_s >= self.trusted_from_s
+
+
+@dataclass(slots=True)
+class Starts:
+    """Of two starts of a worker the later one counts, also where Redis has forgotten it."""
+
+    _latest: dict[str, WorkerRecord] = field(default_factory=dict)
+
+    def latest(self, records: Sequence[WorkerRecord]) -> list[WorkerRecord]:
+        """Without those of former starts."""
+        for record in records:
+            known = self._latest.get(record.worker_id)
+            if known is None or not record.is_superseded_by(known):
+                self._latest[record.worker_id] = record
+        return [record for record in records if self._latest[record.worker_id] is record]
 
 
 def key_of(record: WorkerRecord) -> WorkerKey:

@@ -13,7 +13,7 @@ import grpc.aio
 from cluster.membership import REDIS_DEADLINE_S, REDIS_ERRORS, Membership, WorkerRecord
 from cluster.scheduler.view import Pool, WorkerKey
 from router.cluster_core import TICK_S, ClusterCore, WrongWorker
-from router.following import Leases, follow, key_of
+from router.following import Leases, Starts, follow, key_of
 from router.metrics import RouterMetrics
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class MemberWatcher:
         self.desired: dict[str, int] = {}
         self.redis_reachable = True
         self._leases = Leases(grace_s=membership.lease_s + REDIS_DEADLINE_S)
+        self._starts = Starts()
         self._records_by_key: dict[WorkerKey, WorkerRecord] = {}
         self._connecting: dict[WorkerKey, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -53,7 +54,7 @@ class MemberWatcher:
     async def _watch(self) -> None:
         while True:
             try:
-                self.records = await self._membership.workers()
+                self.records = self._starts.latest(await self._membership.workers())
                 desired = await self._membership.desired()
                 self.desired = dataclasses.asdict(desired) if desired else {}
                 self._leases.on_read(await self._membership.run_id(), time.monotonic())

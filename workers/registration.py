@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 
 import redis.asyncio
@@ -20,17 +21,21 @@ from cluster.membership import (
 from cluster.scheduler.view import Pool
 from workers.settings import WorkerSettings
 
+logger = logging.getLogger(__name__)
+
 
 class Registration:
     def __init__(self, settings: WorkerSettings) -> None:
         self._redis: redis.asyncio.Redis = open_redis(settings.redis_url)
         self._membership = Membership(self._redis, settings.cluster, settings.lease_s)
         self._changed = asyncio.Event()
+        self._superseded = False
         self.draining = asyncio.Event()
         """Set when somebody asked this start of the worker to drain."""
         self.record = WorkerRecord(
             worker_id=settings.worker_id,
             incarnation=settings.incarnation,
+            started_unix_s=settings.started_unix_s,
             pool=Pool(settings.pool),
             state=WorkerState.STARTING,
             accelerator=settings.accelerator,
@@ -53,12 +58,15 @@ class Registration:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         with contextlib.suppress(*REDIS_ERRORS):
-            await self._membership.remove_worker(self.record.worker_id)
+            await self._membership.remove_worker(self.record.worker_id, self.record.incarnation)
         await self._redis.aclose()
 
     async def _write(self) -> None:
-        await self._membership.put_worker(self.record)
-        if self.record.state is not WorkerState.READY:
+        written = await self._membership.put_worker(self.record)
+        if not written and not self._superseded:
+            logger.error("another start of %s has its place", self.record.worker_id)
+        self._superseded = not written
+        if not written or self.record.state is not WorkerState.READY:
             return
         asked = await self._membership.drain_asked(self.record.worker_id)
         if asked is not None and asked.incarnation == self.record.incarnation:

@@ -44,6 +44,8 @@ class WorkerSettings:
     redis_url: str = ""
     cluster: str = "baton"
     lease_s: float = 2.4
+    started_unix_s: float = 0.0
+    """By the clock of whoever starts it: the later one of two starts is the member."""
     pool: str = "prefill"
     node: str = ""
     placement_reason: str = ""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster.membership import DrainRequest
 from cluster.scheduler.view import Pool
+from tests.simulation.redis import SimRedis
 from tests.simulation.router import SimRouter
 from tests.simulation.timeline import Node
 from tests.simulation.worker import SimWorker
@@ -18,6 +19,7 @@ FAULTS_S = 12.0
 """From here on nothing breaks, so everything must come to its end."""
 TROUBLE_S = (0.3, 1.5, 4.0, 10.0)
 """How long a process is frozen or cut off."""
+_KINDS: dict[type[Node], str] = {SimRouter: "router", SimWorker: "worker", SimRedis: "redis"}
 
 
 class Chaos:
@@ -27,6 +29,7 @@ class Chaos:
         faults = world.faults
         self._plan(faults.kills_per_s, self._kill)
         self._plan(faults.freezes_per_s, self._freeze)
+        self._plan(faults.supersedes_per_s, self._supersede)
         self._plan(faults.cuts_per_s, self._cut)
         self._plan(faults.breaks_per_s, self._break)
         self._plan(faults.drains_per_s, self._drain)
@@ -74,7 +77,11 @@ class Chaos:
         nodes = [node for node in self._nodes() if node.runs]
         if not nodes:
             return
-        node = self._timeline.random.choice(nodes)
+        self._freeze_node(self._timeline.random.choice(nodes))
+
+    def _freeze_node(self, node: Node) -> None:
+        if node.frozen:
+            return
         self._timeline.note("freeze", node.name)
         node.freeze()
         for stream in list(self._world.network.streams):
@@ -86,6 +93,17 @@ class Chaos:
         if node.frozen:
             self._timeline.note("thaw", node.name)
             node.thaw()
+
+    def _supersede(self) -> None:
+        worker, world = self._some_worker(), self._world
+        if worker is None:
+            return
+        self._timeline.note("supersede", worker.key)
+        if self._timeline.chance(0.5):
+            self._freeze_node(worker)
+        else:
+            self._cut_off(worker, [*world.routers.values(), world.redis])
+        world.supersede(worker)
 
     def _end_router(self) -> None:
         routers = [router for router in self._world.routers.values() if router.alive]
@@ -122,16 +140,18 @@ class Chaos:
         if not others:
             return
         alone = rng.random() < 0.4
-        cut_off = others if alone else [rng.choice(others)]
-        self._timeline.note("cut off" if alone else "cut", node.name, *(o.name for o in cut_off))
-        for other in cut_off:
-            self._timeline.note(f"cut {_kind(node, other)}")
-            world.network.cut(node, other)
+        self._timeline.note("cut off" if alone else "cut", node.name)
+        self._cut_off(node, others if alone else [rng.choice(others)])
+
+    def _cut_off(self, node: Node, others: list[Node]) -> None:
+        for other in others:
+            self._timeline.note(f"cut {_kind(node, other)}", node.name, other.name)
+            self._world.network.cut(node, other)
 
         def heal() -> None:
             self._timeline.note("uncut", node.name)
-            for other in cut_off:
-                world.network.heal(node, other)
+            for other in others:
+                self._world.network.heal(node, other)
 
         self._later(heal)
 
@@ -165,7 +185,9 @@ class Chaos:
     # --- whom
 
     def _nodes(self) -> list[Node]:
-        return [*self._world.workers.values(), *self._world.routers.values()]
+        world = self._world
+        former = [worker for worker in world.superseded if worker.alive]
+        return [*world.workers.values(), *former, *world.routers.values()]
 
     def _some_worker(self) -> SimWorker | None:
         alive = [worker for worker in self._world.workers.values() if worker.alive]
@@ -178,7 +200,4 @@ class Chaos:
 
 
 def _kind(a: Node, b: Node) -> str:
-    names = sorted(
-        "router" if isinstance(n, SimRouter) else n.name.rstrip("0123456789") for n in (a, b)
-    )
-    return "-".join({"w": "worker"}.get(name, name) for name in names)
+    return "-".join(sorted(_KINDS[type(node)] for node in (a, b)))

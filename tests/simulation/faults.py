@@ -14,6 +14,8 @@ class Faults:
     kills_per_s: float = 0.2
     freezes_per_s: float = 0.12
     """A worker or a router stops, and goes on later as if nothing had been."""
+    supersedes_per_s: float = 0.06
+    """A worker out of reach is taken for dead and started anew elsewhere, and then goes on."""
     cuts_per_s: float = 0.2
     """A process is cut off from others, Redis among them."""
     breaks_per_s: float = 0.12

@@ -15,11 +15,17 @@ class SimRedis(Node):
         self.run_id = 1
         self._records: dict[str, tuple[WorkerRecord, float]] = {}
 
-    def put_worker(self, record: WorkerRecord) -> None:
+    def put_worker(self, record: WorkerRecord) -> bool:
+        held, until_s = self._records.get(record.worker_id, (record, 0.0))
+        if self.timeline.now_s < until_s and record.is_superseded_by(held):
+            return False
         self._records[record.worker_id] = (record, self.timeline.now_s + LEASE_S)
+        return True
 
     def remove_worker(self, record: WorkerRecord) -> None:
-        self._records.pop(record.worker_id, None)
+        held, _ = self._records.get(record.worker_id, (None, 0.0))
+        if held is not None and held.incarnation == record.incarnation:
+            del self._records[record.worker_id]
 
     def workers(self) -> list[WorkerRecord]:
         now_s = self.timeline.now_s

@@ -18,7 +18,7 @@ from cluster.scheduler.life import (
 )
 from cluster.scheduler.policy import Ask, PlacementPolicy
 from cluster.scheduler.view import WorkerKey, WorkerView
-from router.following import Leases, follow, key_of
+from router.following import Leases, Starts, follow, key_of
 from tests.simulation.books import Books, Client
 from tests.simulation.kv import GEOMETRY
 from tests.simulation.network import Stream
@@ -47,6 +47,7 @@ class SimRouter(Node):
         self.links: dict[WorkerKey, Stream] = {}
         self.records: dict[WorkerKey, WorkerRecord] = {}
         self.connecting: set[WorkerKey] = set()
+        self.starts = Starts()
         self.leases = Leases(LEASE_S + REDIS_DEADLINE_S)
         self.after(0.0, 0.1, self._poll)
 
@@ -95,6 +96,7 @@ class SimRouter(Node):
             self.leases.on_failure()
         else:
             self.leases.on_read(run_id, self.timeline.now_s)
+            records = self.starts.latest(records)
             self.books.on_records(records)
             self._follow(records)
         self._carry_out(self.scheduler.on_tick(self.timeline.now_s))
@@ -121,7 +123,7 @@ class SimRouter(Node):
     def _connect(self, record: WorkerRecord) -> None:
         key = key_of(record)
         network, timeline = self.world.network, self.timeline
-        worker = self.world.workers.get(key.worker_id)
+        worker = self.world.find_worker(key)
         self.connecting.add(key)
         waits = True
 
@@ -143,8 +145,7 @@ class SimRouter(Node):
             assert worker is not None
             network.carry(worker, self, timeline.now_s + network.delay_s(), answered)
 
-        if worker is None or not worker.alive or worker.key != key:
-            # Nobody is there, or another: both are seen at once.
+        if worker is None or not worker.alive:
             self.after(0.0, 0.1, give_up)
             return
         self.after(DESCRIBE_DEADLINE_S, DESCRIBE_DEADLINE_S, give_up)

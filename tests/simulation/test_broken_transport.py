@@ -36,6 +36,10 @@ def keeps_workers_without_a_lease(patch: Patch) -> None:
     follows(patch, lambda steps: Steps([], steps.connect, steps.evacuate))
 
 
+def lets_former_starts_back(patch: Patch) -> None:
+    patch.setattr(WorkerRecord, "is_superseded_by", lambda self, other: False)
+
+
 def connects_only_once(patch: Patch) -> None:
     known: set[str] = set()
 
@@ -166,6 +170,7 @@ def keeps_the_bytes_of_what_was_adopted(patch: Patch) -> None:
 VARIANTS: list[tuple[Callable[[Patch], None], str]] = [
     (keeps_workers_without_a_lease, "which is silent"),
     (believes_an_empty_redis, "which keeps its lease"),
+    (lets_former_starts_back, "which keeps its lease|does not use"),
     (connects_only_once, "does not use"),
     (follows_no_drains, "is draining"),
     (connects_to_draining_workers_as_to_others, "is draining"),

@@ -24,6 +24,7 @@ ALL_BATCHES_MIN = 1000
 NEEDING = (Phase.PREFILLING, Phase.HANDING_OVER, Phase.DECODING)
 HAPPENINGS = (
     *("kill", "kill machine", "freeze", "thaw", "cut", "cut off", "uncut", "break", "router ends"),
+    *("supersede", "superseded"),
     *("Redis ends", "Redis forgets", "drain", "drained", "evacuate", "pool", "leave", "draw"),
     *(f"cut {ends}" for ends in ("router-worker", "worker-worker", "redis-worker", "redis-router")),
     *("message lost", "message repeated", "message overtaken", "gap", "ignored twin"),

@@ -74,9 +74,15 @@ class SimLeg:
 
 class SimWorker(Node):
     def __init__(
-        self, world: World, key: WorkerKey, pool: Pool, model: str, model_len_tokens: int
+        self,
+        world: World,
+        key: WorkerKey,
+        machine: str,
+        pool: Pool,
+        model: str,
+        model_len_tokens: int,
     ) -> None:
-        super().__init__(world.timeline, key.worker_id)
+        super().__init__(world.timeline, machine)
         self.world = world
         self.key = key
         self.model = model
@@ -87,7 +93,13 @@ class SimWorker(Node):
             GEOMETRY, key.incarnation, world.inbox_bytes, INBOX_IDLE_S, lambda: self.timeline.now_s
         )
         self.adopted: set[str] = set()
-        self.record = WorkerRecord(key.worker_id, key.incarnation, pool, WorkerState.READY)
+        self.record = WorkerRecord(
+            key.worker_id,
+            key.incarnation,
+            pool,
+            WorkerState.READY,
+            started_unix_s=self.timeline.now_s,
+        )
         self.after(0.0, 0.1, self._keep_lease)
         self.after(0.0, SWEEP_EVERY_S, self._sweep)
 
@@ -143,7 +155,8 @@ class SimWorker(Node):
         if not self.world.network.reaches(self, redis):
             self.after(0.0, REDIS_DEADLINE_S + LEASE_S / 3, self._keep_lease)
             return
-        redis.put_worker(self.record)
+        if not redis.put_worker(self.record):
+            self.timeline.note("superseded", self.key)
         asked = redis.drains.get(self.key.worker_id)
         if (
             asked is not None

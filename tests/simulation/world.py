@@ -64,6 +64,8 @@ class World:
         self.redis = SimRedis(timeline)
         self.workers: dict[str, SimWorker] = {}
         """By name; a new start takes the place of the one before."""
+        self.superseded: list[SimWorker] = []
+        """Former starts that may live on."""
         self.routers: dict[str, SimRouter] = {}
         self.inbox_bytes = 1000 if timeline.chance(self.faults.full_inboxes) else 10**6
         self.legs_seen: set[str] = set()
@@ -124,18 +126,42 @@ class World:
             self._ended_routers.append(self.routers[name])
         self.routers[name] = SimRouter(self, name)
 
-    def start_worker(self, worker_id: str, pool: Pool, model: str, length: int) -> None:
+    def start_worker(
+        self, worker_id: str, pool: Pool, model: str, length: int, machine: str = ""
+    ) -> None:
         key = WorkerKey(worker_id, f"i{next(self._incarnations)}")
-        self.workers[worker_id] = SimWorker(self, key, pool, model, length)
+        machine = machine or worker_id
+        self.workers[worker_id] = SimWorker(self, key, machine, pool, model, length)
 
     def start_again(self, ended: SimWorker) -> None:
         pool = self.timeline.random.choice(tuple(Pool))
 
         def start() -> None:
-            if self.workers[ended.name] is ended:
-                self.start_worker(ended.name, pool, ended.model, ended.model_len_tokens)
+            if self.workers[ended.key.worker_id] is ended:
+                self.start_worker(
+                    ended.key.worker_id, pool, ended.model, ended.model_len_tokens, ended.name
+                )
 
         self.timeline.after(0.1, 5.0, start)
+
+    def supersede(self, given_up: SimWorker) -> None:
+        """The controller takes it for dead, and starts it anew on another machine. Some time later
+        it can end it."""
+        self.superseded.append(given_up)
+        worker_id, machine = given_up.key.worker_id, f"m{len(self.superseded)}"
+        pool = self.timeline.random.choice(tuple(Pool))
+        self.start_worker(worker_id, pool, given_up.model, given_up.model_len_tokens, machine)
+
+        def end() -> None:
+            if given_up.alive:
+                given_up.stop()
+
+        self.timeline.after(1.0, 10.0, end)
+
+    def find_worker(self, key: WorkerKey) -> SimWorker | None:
+        """Who listens at the address that the start of a worker had."""
+        started = (w for w in (*self.workers.values(), *self.superseded) if w.key == key)
+        return next(started, None)
 
     def start_last_worker(self) -> None:
         """One that takes every prompt, if none is left."""
@@ -224,7 +250,9 @@ class World:
     def check_lapse(self, router: SimRouter, worker: SimWorker) -> None:
         """Where the worker has its lease, nothing but Redis can have failed it."""
         network, redis = self.network, self.redis
-        if not worker.runs or worker.record.state is not WorkerState.READY:
+        if self.workers[worker.key.worker_id] is not worker or not worker.runs:
+            return
+        if worker.record.state is not WorkerState.READY:
             return
         renews_s = min(network.calm_s(worker), network.pair_calm_s(worker, redis))
         if renews_s > RENEWS_S:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cluster.membership import WorkerRecord, WorkerState
 from cluster.scheduler.view import ClusterView, Pool, WorkerKey, WorkerView
-from router.following import Leases, Steps, follow, key_of
+from router.following import Leases, Starts, Steps, follow, key_of
 
 READY = WorkerRecord("w", "i1", Pool.DECODE, WorkerState.READY)
 DRAINING = WorkerRecord("w", "i1", Pool.DECODE, WorkerState.DRAINING, drain_until_unix_s=50.0)
@@ -79,3 +81,24 @@ def test_leases_are_not_trusted_when_redis_was_out_of_reach() -> None:
     leases.on_failure()
     leases.on_read("a", 12.0)
     assert not leases.tell(15.9) and leases.tell(16.0)
+
+
+def test_a_former_start_does_not_come_back() -> None:
+    starts = Starts()
+    former = replace(READY, started_unix_s=1.0)
+    later = replace(READY, incarnation="i2", started_unix_s=2.0)
+    assert starts.latest([former]) == [former]
+    assert starts.latest([later]) == [later]
+    assert starts.latest([former]) == []
+    draining = replace(later, state=WorkerState.DRAINING)
+    assert starts.latest([draining]) == [draining]
+
+
+def test_starts_that_tell_no_time_follow_each_other() -> None:
+    starts = Starts()
+    again = replace(READY, incarnation="i2")
+    assert [starts.latest([record]) for record in (READY, again, READY)] == [
+        [READY],
+        [again],
+        [READY],
+    ]

