@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import redis.asyncio
 import redis.exceptions
+from redis.asyncio.client import Pipeline
 
 from cluster.scheduler.view import Pool
 
@@ -107,26 +108,28 @@ class Membership:
         """Write a worker's record; it vanishes when not written again within the lease. False, and
         nothing is written, where a later start of the worker has its place."""
         key = f"{self._prefix}:worker:{record.worker_id}"
-        async with self._redis.pipeline() as pipe:
-            await pipe.watch(key)
+
+        async def write(pipe: Pipeline) -> bool:
             held = await pipe.get(key)
             if held is not None and record.is_superseded_by(WorkerRecord.from_json(held)):
                 return False
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.set(key, record.to_json(), px=int(self.lease_s * 1000))
-            await pipe.execute()
-        return True
+            return True
+
+        return bool(await self._redis.transaction(write, key, value_from_callable=True))
 
     async def remove_worker(self, worker_id: str, incarnation: str) -> None:
         """Not another start's record."""
         key = f"{self._prefix}:worker:{worker_id}"
-        async with self._redis.pipeline() as pipe:
-            await pipe.watch(key)
+
+        async def remove(pipe: Pipeline) -> None:
             held = await pipe.get(key)
             if held is not None and WorkerRecord.from_json(held).incarnation == incarnation:
                 pipe.multi()  # type: ignore[no-untyped-call]
                 pipe.delete(key)
-                await pipe.execute()
+
+        await self._redis.transaction(remove, key)
 
     async def workers(self) -> list[WorkerRecord]:
         texts = await self._values(f"{self._prefix}:worker:*")

@@ -239,7 +239,8 @@ class Books:
     def check_loads(self, now_s: float) -> None:
         """The scheduler's state against the world's."""
         scheduler = self.scheduler
-        loads = {key: [0, 0, 0, 0, 0, 0] for key in scheduler.view.workers}
+        # Each in the order of PlacedLoad.
+        loads = {key: [*view.others] for key, view in scheduler.view.workers.items()}
         running = queued = 0
         for request_id, client in self.clients.items():
             placed = client.placed
@@ -265,21 +266,21 @@ class Books:
             if placed.computing:
                 load = loads[placed.prefill]
                 load[0] += placed.context_tokens
-                load[1] += 1
-                load[4] += placed.lends[0]
-                load[5] += placed.context_tokens if placed.prefill == placed.decode else 0
+                load[1] += placed.context_tokens if placed.prefill == placed.decode else 0
+                load[2] += 1
+                load[5] += placed.lends[0]
             load = loads[placed.decode]
-            load[2] += 1
-            load[4] += placed.lends[1]
-            load[3] += client.spec.prompt_tokens + len(client.tokens)
+            load[3] += 1
+            load[4] += client.spec.prompt_tokens + len(client.tokens)
+            load[5] += placed.lends[1]
         sizes = (len(scheduler._by_leg), len(scheduler._charges), scheduler.queued)
         if sizes != (running, running, queued):
             raise Violation(
                 f"{running} requests run and {queued} wait, legs, charges and queue hold {sizes}"
             )
         for key, view in scheduler.view.workers.items():
-            held = [view.pending_prompt_tokens, view.prefills, view.decodes, view.decode_tokens]
-            held += [view.lent, view.pending_local_tokens]
+            held = [view.pending_prompt_tokens, view.pending_local_tokens, view.prefills]
+            held += [view.decodes, view.decode_tokens, view.lent]
             if held != loads[key]:
                 raise Violation(f"load of {key} is {held}, it should be {loads[key]}")
 

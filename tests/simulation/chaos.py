@@ -156,10 +156,8 @@ class Chaos:
         self._later(heal)
 
     def _break(self) -> None:
-        streams = sorted(
-            (s for s in self._world.network.streams if s.open_at_router and s.open_at_worker),
-            key=lambda s: (s.router.name, s.worker.key),
-        )
+        open_streams = self._world.network.streams
+        streams = [s for s in open_streams if s.open_at_router and s.open_at_worker]
         if streams:
             stream = self._timeline.random.choice(streams)
             self._timeline.note("break", stream.router.name, stream.worker.key)

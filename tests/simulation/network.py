@@ -41,7 +41,8 @@ class Network:
     def __init__(self, timeline: Timeline, faults: Faults) -> None:
         self.timeline = timeline
         self.faults = faults
-        self.streams: set[Stream] = set()
+        self.streams: dict[Stream, None] = {}
+        """In the order in which they were opened."""
         self._cuts: dict[Pair, float] = {}
         self._healed_at_s: dict[Pair, float] = defaultdict(float)
         self._held: dict[Pair, list[tuple[Node, Event]]] = defaultdict(list)
@@ -194,7 +195,7 @@ class Stream:
         self.opened_at_s = network.timeline.now_s
         self.down = Channel(network, router, worker, self._at_worker, self._lost_at_worker)
         self.up = Channel(network, worker, router, self._at_router, self._lost_at_router)
-        network.streams.add(self)
+        network.streams[self] = None
         if not worker.alive and not worker.silent_end:
             self.close_at_worker()
         elif not worker.runs or network.is_cut(router, worker):
@@ -270,4 +271,4 @@ class Stream:
 
     def _forget(self) -> None:
         if not (self.open_at_router or self.open_at_worker):
-            self._network.streams.discard(self)
+            self._network.streams.pop(self, None)

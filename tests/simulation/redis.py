@@ -13,6 +13,7 @@ class SimRedis(Node):
         super().__init__(timeline, "redis")
         self.drains: dict[str, DrainRequest] = {}
         self.run_id = 1
+        self._loads: dict[str, tuple[str, float]] = {}
         self._records: dict[str, tuple[WorkerRecord, float]] = {}
 
     def put_worker(self, record: WorkerRecord) -> bool:
@@ -31,10 +32,18 @@ class SimRedis(Node):
         now_s = self.timeline.now_s
         return [record for record, until_s in self._records.values() if now_s < until_s]
 
+    def put_load(self, router: str, placed: str) -> None:
+        self._loads[router] = (placed, self.timeline.now_s + LEASE_S)
+
+    def loads_of_others(self, router: str) -> list[str]:
+        told = [(name, *load) for name, load in self._loads.items() if name != router]
+        return [placed for _, placed, until_s in told if self.timeline.now_s < until_s]
+
     def restart(self, keeps: bool) -> None:
         self.alive = True
         self.run_id += 1
         self.changed_at_s = self.timeline.now_s
         if not keeps:
             self._records.clear()
+            self._loads.clear()
             self.drains.clear()

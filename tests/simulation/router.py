@@ -1,6 +1,6 @@
 """A simulated router: the real scheduler, and the real decisions about the membership. It plays
-`router/cluster_core.py` and `router/members.py`: actions become messages, and what workers say goes
-to the scheduler. Its books check every one of these."""
+`router/cluster_core.py`, `router/members.py` and `router/peers.py`: actions become messages, and
+what workers say goes to the scheduler. Its books check every one of these."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cluster.scheduler.life import (
 from cluster.scheduler.policy import Ask, PlacementPolicy
 from cluster.scheduler.view import WorkerKey, WorkerView
 from router.following import Leases, Starts, follow, key_of
+from router.peers import from_json, to_json, together
 from tests.simulation.books import Books, Client
 from tests.simulation.kv import GEOMETRY
 from tests.simulation.network import Stream
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 POLL_S = 0.5
+EXCHANGE_EVERY_S = 0.3
 DESCRIBE_DEADLINE_S = 3.0
 KV_TOKENS = 2000
 LAPSED = "its lease ran out"
@@ -49,7 +51,11 @@ class SimRouter(Node):
         self.connecting: set[WorkerKey] = set()
         self.starts = Starts()
         self.leases = Leases(LEASE_S + REDIS_DEADLINE_S)
+        self.heard_at_s = 0.0
+        """When it last heard what other routers placed."""
         self.after(0.0, 0.1, self._poll)
+        if world.several_routers:
+            self.after(0.0, EXCHANGE_EVERY_S, self._exchange)
 
     # --- clients
 
@@ -119,6 +125,18 @@ class SimRouter(Node):
             self.books.check_evacuated(key)
         for record in steps.connect:
             self._connect(record)
+
+    def _exchange(self) -> None:
+        redis, now_s = self.world.redis, self.timeline.now_s
+        if self.world.network.reaches(self, redis):
+            self.heard_at_s = now_s
+            redis.put_load(self.name, to_json(self.scheduler.own_load()))
+            told = [from_json(placed) for placed in redis.loads_of_others(self.name)]
+            self.scheduler.on_others(together(told))
+        elif now_s - self.heard_at_s > LEASE_S:
+            self.scheduler.on_others({})
+        self.books.check_loads(now_s)
+        self.after(EXCHANGE_EVERY_S, EXCHANGE_EVERY_S, self._exchange)
 
     def _connect(self, record: WorkerRecord) -> None:
         key = key_of(record)

@@ -4,6 +4,7 @@ variant breaks one rule and is caught within a few schedules."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from cluster.scheduler.view import ClusterView, WorkerView
 from router.following import Leases, Steps, follow
 from tests.simulation import router
 from tests.simulation.catching import assert_caught
+from tests.simulation.faults import NO_FAULTS
 from tests.simulation.network import Stream
 from tests.simulation.router import SimRouter
 from tests.simulation.worker import SimWorker
@@ -179,7 +181,6 @@ VARIANTS: list[tuple[Callable[[Patch], None], str]] = [
     (misses_gaps, "wrong token|is stuck|with .* tokens"),
     (goes_on_after_the_stream, "runs for nobody"),
     (adopts_in_part, "adopts .* of .* tokens"),
-    (takes_repeated_frames, "adopts .* of .* tokens"),
     (adopts_after_a_failure, "adopts .* of .* tokens"),
     (tells_nobody, "is stuck"),
     (never_sweeps, "no progress: .* KV of"),
@@ -194,3 +195,10 @@ def test_broken_variant_is_caught(
 ) -> None:
     breaks(monkeypatch)
     assert_caught(violation)
+
+
+def test_an_inbox_that_takes_repeated_frames_is_caught(monkeypatch: Patch) -> None:
+    takes_repeated_frames(monkeypatch)
+    # One frame has to be lost and another of its size repeated.
+    faults = replace(NO_FAULTS, kv_lost=0.1, kv_repeated=0.3)
+    assert_caught("adopts .* of .* tokens", faults=faults)

@@ -3,7 +3,7 @@ schedules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from cluster.scheduler.policies import splitwise
 from cluster.scheduler.policies.splitwise import Splitwise
 from cluster.scheduler.policy import Ask, Placement
 from cluster.scheduler.scheduler import LOSSES_MAX, Scheduler, _Charge
-from cluster.scheduler.view import ClusterView, WorkerKey, WorkerView
+from cluster.scheduler.view import ClusterView, PlacedLoad, WorkerKey, WorkerView
 from tests.simulation.catching import SEEDS, assert_caught
 from tests.simulation.world import simulate
 
@@ -81,6 +81,17 @@ class GivesUpAfterOneLoss(Scheduler):
     def _move(self, life: Life, now_s: float) -> list[Action]:
         life.losses = LOSSES_MAX
         return super()._move(life, now_s)
+
+
+class KeepsOthersLoads(Scheduler):
+    def on_others(self, placed: Mapping[WorkerKey, PlacedLoad]) -> None:
+        super().on_others({**self._others, **placed})
+
+
+class TakesOthersLoadsForItsOwn(Scheduler):
+    def own_load(self) -> dict[WorkerKey, PlacedLoad]:
+        loads = {key: worker.own.plus(worker.others) for key, worker in self.view.workers.items()}
+        return {key: load for key, load in loads.items() if any(load)}
 
 
 class KeepsLostWorkers(Scheduler):
@@ -262,6 +273,8 @@ SCHEDULERS: list[tuple[type[Scheduler], str]] = [
     (AnswersThoseWhoLeft, "after it left"),
     (LeavesRequestsOnLostWorkers, "lost its place|without a leg|which is gone"),
     (GivesUpAfterOneLoss, "fails after [01] losses"),
+    (KeepsOthersLoads, "no progress: .* counts work on"),
+    (TakesOthersLoadsForItsOwn, "no progress: .* counts work on"),
     (KeepsLostWorkers, "which is gone"),
     (TakesDrainsForLosses, "fails after"),
     (LeavesRequestsOnDrainedWorkers, "whose drain is over"),

