@@ -195,12 +195,15 @@ class Membership:
 async def keep_lease(
     write: Callable[[], Awaitable[None]], lease_s: float, changed: asyncio.Event
 ) -> None:
-    """Write a record thrice a lease, and at once when `changed` is set. Runs until cancelled."""
+    """Write a record thrice a lease, and at once when `changed` is set; soon again if that failed,
+    so that a lease does not run out over a short trouble. Runs until cancelled."""
     reachable = True
     while True:
         changed.clear()
+        pause_s = lease_s / 3
         try:
-            await write()
+            async with asyncio.timeout(lease_s / 3):
+                await write()
             if not reachable:
                 logger.info("Redis is back")
             reachable = True
@@ -208,5 +211,6 @@ async def keep_lease(
             if reachable:
                 logger.warning("Redis is out of reach, going on without: %s", error)
             reachable = False
+            pause_s = lease_s / 12
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(changed.wait(), lease_s / 3)
+            await asyncio.wait_for(changed.wait(), pause_s)

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 
-from tests.simulation.world import World, simulate
+from tests.simulation.world import World, report, simulate
 
 CHUNK = 100
 """Schedules that a process plays before it reports."""
@@ -81,8 +81,7 @@ def fuzz(for_s: float, jobs: int) -> int:
         except KeyboardInterrupt:
             pass
     print(f"\n{played} schedules in {time.monotonic() - started_s:.0f} s, {failed} failed")
-    for what, count in sorted(counts.items()):
-        print(f"{count:12}  {what}")
+    print(report(counts))
     return failed
 
 

@@ -1,7 +1,8 @@
 """Thousands of random schedules: clients that leave, processes that die, freeze or are cut off,
 streams that break, messages and KV that are lost, repeated, late or overtaken.
 
-`BATON_SCHEDULES` sets how many are played; `make fuzz SEED=...` replays one.
+`BATON_SCHEDULES` sets how many are played, `-s` shows how often what happened; `make fuzz SEED=...`
+replays one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 from cluster.scheduler.life import Phase
 from cluster.scheduler.policies import BUILT_IN
 from tests.simulation.faults import NO_FAULTS
-from tests.simulation.world import World, simulate
+from tests.simulation.world import World, report, simulate
 
 SCHEDULES = int(os.environ.get("BATON_SCHEDULES", "10000"))
 BATCHES = 10
@@ -41,6 +42,7 @@ def test_random_schedules(batch: int) -> None:
     seeds = range(batch, SCHEDULES, BATCHES)
     for seed in seeds:
         counts += simulate(seed)
+    print(f"\n{report(counts)}")
     if len(seeds) >= ALL_BATCHES_MIN:
         # A simulation in which nothing goes wrong any more would pass too.
         assert [name for name in HAPPENINGS if counts[name] == 0] == []

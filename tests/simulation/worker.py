@@ -153,7 +153,8 @@ class SimWorker(Node):
     def _keep_lease(self) -> None:
         redis = self.world.redis
         if not self.world.network.reaches(self, redis):
-            self.after(0.0, REDIS_DEADLINE_S + LEASE_S / 3, self._keep_lease)
+            # Refused at once, or not answered at all.
+            self.after(LEASE_S / 12, LEASE_S / 3 + LEASE_S / 12, self._keep_lease)
             return
         if not redis.put_worker(self.record):
             self.timeline.note("superseded", self.key)

@@ -315,5 +315,10 @@ def simulate(seed: int, **world: Any) -> Counter[str]:
         ) from error
 
 
+def report(counts: Counter[str]) -> str:
+    """How often what happened, one a line."""
+    return "\n".join(f"{count:12}  {what}" for what, count in sorted(counts.items()))
+
+
 def replay_command(seed: int) -> str:
     return f"make fuzz SEED={seed}"

