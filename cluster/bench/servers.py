@@ -132,7 +132,7 @@ class Servers:
                 servers.append(await running.enter_async_context(start))
             for server, core in zip(servers, itertools.cycle(self._cores), strict=False):
                 await _until_ready(server, "/health", [])
-                _keep_to_core(server, core)
+                keep_workers_to_core(server, core)
             port = free_port()
             command = [*PYTHON, PEER_ROUTER_MODULE, "--host", "127.0.0.1", "--port", str(port)]
             command += ["--prometheus-port", str(free_port())]
@@ -322,7 +322,7 @@ class Servers:
             )
 
 
-def _keep_to_core(server: Server, core: int) -> None:
+def keep_workers_to_core(server: Server, core: int) -> None:
     """NixlConnector moves the thread that computes to the machine's last core, which is right where
     others do the computing. With one thread a worker, all servers would share that core."""
     for entry in Path("/proc").iterdir():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from click.testing import CliRunner
 
 from cluster.bench.client import Stream
 from cluster.bench.handoff import goals_of, of_steps, summary
+from cluster.bench.servers import Server, keep_workers_to_core
 from cluster.bench.sides import CompareSettings, LengthSamples, SideSamples
 from cluster.bench.steps import note_of
 from cluster.cli.bench import bench
@@ -121,3 +125,22 @@ def test_without_the_peers_packages_it_says_what_to_do(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "Error: vllm-router not found in" in result.output
     assert "make setup-peer" in result.output and "--no-peer" in result.output
+
+
+@pytest.mark.parametrize(("name", "moved"), [("VLLM::Worker", True), ("VLLM::EngineCore", False)])
+def test_a_server_worker_goes_back_to_its_core(tmp_path: Path, name: str, moved: bool) -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("one core")
+    program = f"open('/proc/self/comm', 'w').write({name[:15]!r}); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        keep_workers_to_core(Server("", process, tmp_path), min(cores))
+        assert os.sched_getaffinity(process.pid) == ({min(cores)} if moved else cores)
+        process.stdin.write(b"\n")
