@@ -211,6 +211,23 @@ class EngineHost:
             inbox_bytes=self._endpoint.inbox.bytes_held,
         )
 
+    def holdings(self) -> worker_pb2.Holdings:
+        """What is held here, from any thread."""
+        load = self.load()
+        pool = self.core.scheduler.kv_cache_manager.block_pool
+        sender = self._endpoint.sender
+        return worker_pb2.Holdings(
+            running=load.running,
+            waiting=load.waiting,
+            # One block is vLLM's own, for good.
+            kv_blocks=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            inbox_transfers=self._endpoint.inbox.transfers_held,
+            inbox_bytes=load.inbox_bytes,
+            sending_transfers=sender.transfers,
+            staged_bytes=sender.staged_bytes,
+            peers=sender.peers,
+        )
+
     def _idle_wait_s(self) -> float:
         return 2 * IDLE_STEP_S if self._compiling else SWEEP_EVERY_S
 

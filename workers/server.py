@@ -67,6 +67,17 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, self.failed.result())
         return self.description
 
+    async def Hold(  # noqa: N802 - gRPC's name
+        self,
+        request: worker_pb2.HoldRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.HoldRequest, worker_pb2.Holdings],
+    ) -> worker_pb2.Holdings:
+        assert self.engine is not None, "served before the engine was ready"
+        holdings = self.engine.holdings()
+        holdings.requests = self.requests
+        holdings.tasks = len(asyncio.all_tasks()) - 1
+        return holdings
+
     async def Engine(  # noqa: N802 - gRPC's name
         self,
         requests: AsyncIterator[worker_pb2.ToEngine],

@@ -6,6 +6,34 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class HoldRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Holdings(_message.Message):
+    __slots__ = ("requests", "running", "waiting", "kv_blocks", "inbox_transfers", "inbox_bytes", "sending_transfers", "staged_bytes", "peers", "tasks")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    INBOX_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    INBOX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SENDING_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    STAGED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    requests: int
+    running: int
+    waiting: int
+    kv_blocks: int
+    inbox_transfers: int
+    inbox_bytes: int
+    sending_transfers: int
+    staged_bytes: int
+    peers: int
+    tasks: int
+    def __init__(self, requests: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., inbox_transfers: _Optional[int] = ..., inbox_bytes: _Optional[int] = ..., sending_transfers: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., peers: _Optional[int] = ..., tasks: _Optional[int] = ...) -> None: ...
+
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -44,6 +44,11 @@ class WorkerStub:
                 request_serializer=cluster_dot_wire_dot_worker__pb2.ToEngine.SerializeToString,
                 response_deserializer=cluster_dot_wire_dot_worker__pb2.FromEngine.FromString,
                 _registered_method=True)
+        self.Hold = channel.unary_unary(
+                '/baton.v1.Worker/Hold',
+                request_serializer=cluster_dot_wire_dot_worker__pb2.HoldRequest.SerializeToString,
+                response_deserializer=cluster_dot_wire_dot_worker__pb2.Holdings.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -64,6 +69,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Hold(self, request, context):
+        """What the worker holds at this moment. An idle worker's is all zeros, or something leaks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Engine,
                     request_deserializer=cluster_dot_wire_dot_worker__pb2.ToEngine.FromString,
                     response_serializer=cluster_dot_wire_dot_worker__pb2.FromEngine.SerializeToString,
+            ),
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=cluster_dot_wire_dot_worker__pb2.HoldRequest.FromString,
+                    response_serializer=cluster_dot_wire_dot_worker__pb2.Holdings.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +149,33 @@ class Worker:
             '/baton.v1.Worker/Engine',
             cluster_dot_wire_dot_worker__pb2.ToEngine.SerializeToString,
             cluster_dot_wire_dot_worker__pb2.FromEngine.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Worker/Hold',
+            cluster_dot_wire_dot_worker__pb2.HoldRequest.SerializeToString,
+            cluster_dot_wire_dot_worker__pb2.Holdings.FromString,
             options,
             channel_credentials,
             insecure,

@@ -152,6 +152,8 @@ class Transfer:
             delivered, reason = self._deliver()
         except grpc.RpcError as error:
             delivered, reason = False, f"{self._send.address}: {_describe(error)}"
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._sender.lost(self._send)
         except Exception as error:
             logger.exception("transfer %s failed", self.transfer_id)
             delivered, reason = False, str(error)
@@ -235,6 +237,10 @@ class Sender:
     def transfers(self) -> int:
         return len(self._transfers)
 
+    @property
+    def peers(self) -> int:
+        return len(self._peers)
+
     def open(self, send: worker_pb2.SendKv, tokens: int, prompt_digest: bytes) -> Transfer:
         transfer = Transfer(self, send, self._deadline_s)
         self._transfers.add(transfer)
@@ -277,6 +283,13 @@ class Sender:
                     self._peers.pop(stale).channel.close()
                 peer = self._peers[key] = _Peer(send.address)
             return peer
+
+    def lost(self, send: worker_pb2.SendKv) -> None:
+        """Nobody answers there: a worker that comes again has a new address or incarnation."""
+        with self._peers_lock:
+            peer = self._peers.pop((send.address, send.incarnation), None)
+        if peer is not None:
+            peer.channel.close()
 
     def estimated_s(self, send: worker_pb2.SendKv, size_bytes: int) -> float:
         """How long a transfer would take if all of it were there to be sent."""
