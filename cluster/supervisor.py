@@ -42,6 +42,8 @@ MEMORY_PER_CPU_WORKER_BYTES = 2 << 30
 """A vLLM process on CPU takes 1.7 GB beside weights and KV (measured, vLLM 0.32)."""
 OBJECT_STORE_BYTES = 100 << 20
 """Ray's smallest object store: Baton passes no objects through Ray."""
+ROUTERS_HANDOFF = {"adopt_deadline_s", "when"}
+"""What of the hand-off's configuration is the routers' and not the workers'."""
 PR_SET_CHILD_SUBREAPER = 36
 """From linux/prctl.h."""
 POLL_S = 0.25
@@ -329,7 +331,7 @@ class Supervisor:
         from cluster.controller import ControllerSettings, controller_runs, start_controller
 
         config = self.config
-        handoff = config.handoff.model_dump(exclude={"adopt_deadline_s"})
+        handoff = config.handoff.model_dump(exclude=ROUTERS_HANDOFF)
         args: dict[str, list[str]] = {pool: vllm_args(config, pool) for pool in Pool}
         settings = ControllerSettings(
             cluster=config.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from click.testing import CliRunner
 from cluster.cli.options import POSITIONAL, config_options, flags_given, leaves
 from cluster.config import BUNDLED_MODEL, BadConfig, BatonConfig, LocalNode, load_config
 from cluster.scheduler.view import Pool
-from cluster.supervisor import flag_value, tensor_parallel, vllm_args
+from cluster.supervisor import ROUTERS_HANDOFF, flag_value, tensor_parallel, vllm_args
+from workers.settings import HandoffSettings
 
 
 @pytest.fixture(autouse=True)
@@ -222,3 +224,8 @@ def test_some_commands_take_some_flags() -> None:
     def some(**flags: Any) -> None: ...
 
     assert [param.opts for param in some.params] == [["--name"], ["--lease-s"]]
+
+
+def test_workers_know_all_that_they_are_told_of_the_hand_off() -> None:
+    told = BatonConfig().handoff.model_dump(exclude=ROUTERS_HANDOFF)
+    assert told.keys() == {field.name for field in fields(HandoffSettings)}
