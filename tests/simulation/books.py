@@ -278,6 +278,8 @@ class Books:
             raise Violation(
                 f"{running} requests run and {queued} wait, legs, charges and queue hold {sizes}"
             )
+        if strangers := scheduler.prefixes._blocks.keys() - scheduler.view.workers.keys():
+            raise Violation(f"blocks are known of {strangers}, which is gone")
         for key, view in scheduler.view.workers.items():
             held = [view.pending_prompt_tokens, view.pending_local_tokens, view.prefills]
             held += [view.decodes, view.decode_tokens, view.lent]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.scheduler.life import Finish
@@ -21,6 +22,13 @@ class Spec:
     stops_after: int
     """Output tokens after which the model is done by itself."""
     can_hand_over: bool
+    opening: int
+    """Prompts of one opening begin alike."""
+
+    def hashes(self, block_tokens: int) -> Iterator[int]:
+        """The prompt's full blocks."""
+        for i in range(self.prompt_tokens // block_tokens):
+            yield zlib.crc32(f"{self.opening}:{block_tokens}:{i}".encode())
 
     def finish_at(self, tokens: int, model_len_tokens: int, max_tokens: int) -> Finish | None:
         """How the output ends with its `tokens`-th token."""

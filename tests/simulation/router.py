@@ -63,7 +63,11 @@ class SimRouter(Node):
         self.timeline.note("arrive", self.name, spec)
         self.books.clients[spec.request_id] = Client(spec)
         ask = Ask(
-            spec.request_id, spec.prompt_tokens, spec.max_tokens, can_hand_over=spec.can_hand_over
+            spec.request_id,
+            spec.prompt_tokens,
+            spec.max_tokens,
+            can_hand_over=spec.can_hand_over,
+            blocks=spec,
         )
         self._carry_out(self.scheduler.on_arrival(ask, self.timeline.now_s, policy))
 
@@ -182,6 +186,7 @@ class SimRouter(Node):
             draining=record.state is WorkerState.DRAINING,
             kv_bytes_per_token=GEOMETRY.bytes_per_token,
             inbox_bytes_max=worker.inbox.max_bytes,
+            block_tokens=worker.block_tokens,
         )
         self.books.on_worker_up(view)
         self._carry_out(self.scheduler.on_worker_up(view))
@@ -223,6 +228,7 @@ class SimRouter(Node):
         held_bytes = worker.inbox.bytes_held
         self.scheduler.on_load(worker.key, len(worker.legs), 0, usage, held_bytes)
         self.scheduler.on_step(worker.key, self.timeline.now_s, {output.leg_id: None})
+        self.scheduler.prefixes.stored(worker.key, output.stored)
         life = self.scheduler.life_of_leg(output.leg_id)
         what = f"output {life.phase}" if life else "late output"
         self.timeline.note(what, output.leg_id, len(tokens), output.finish or "")

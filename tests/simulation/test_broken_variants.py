@@ -83,6 +83,13 @@ class GivesUpAfterOneLoss(Scheduler):
         return super()._move(life, now_s)
 
 
+class KeepsLostPrefixes(Scheduler):
+    def on_worker_lost(self, key: WorkerKey, now_s: float) -> list[Action]:
+        actions = super().on_worker_lost(key, now_s)
+        self.prefixes.add(key, 16)
+        return actions
+
+
 class KeepsOthersLoads(Scheduler):
     def on_others(self, placed: Mapping[WorkerKey, PlacedLoad]) -> None:
         super().on_others({**self._others, **placed})
@@ -273,6 +280,7 @@ SCHEDULERS: list[tuple[type[Scheduler], str]] = [
     (AnswersThoseWhoLeft, "after it left"),
     (LeavesRequestsOnLostWorkers, "lost its place|without a leg|which is gone"),
     (GivesUpAfterOneLoss, "fails after [01] losses"),
+    (KeepsLostPrefixes, "blocks are known of"),
     (KeepsOthersLoads, "no progress: .* counts work on"),
     (TakesOthersLoadsForItsOwn, "no progress: .* counts work on"),
     (KeepsLostWorkers, "which is gone"),

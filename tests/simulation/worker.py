@@ -46,6 +46,8 @@ class Output:
     leg_id: str
     tokens: tuple[int, ...]
     finish: Finish | None
+    stored: tuple[int, ...] = ()
+    """Blocks that the prefix cache holds since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class SimLeg:
     spec: Spec
     position: int
     """Output tokens so far, former legs' included."""
+    stored: tuple[int, ...]
+    """Blocks of its prompt, until they are told."""
     max_tokens: int
     push: Push | None = None
     since_s: float = 0.0
@@ -88,6 +92,7 @@ class SimWorker(Node):
         self.model = model
         self.model_len_tokens = model_len_tokens
         self.silent_end = False
+        self.block_tokens = self.timeline.random.choice((8, 16))
         self.legs: dict[str, SimLeg] = {}
         self.inbox = Inbox(
             GEOMETRY, key.incarnation, world.inbox_bytes, INBOX_IDLE_S, lambda: self.timeline.now_s
@@ -198,7 +203,9 @@ class SimWorker(Node):
         if action.leg_id in self.legs:
             raise Violation(f"{action.leg_id} starts twice on {self.key}")
         spec = stream.router.books.clients[action.request_id].spec
-        leg = SimLeg(action.leg_id, stream, spec, len(action.resume_tokens), spec.max_tokens)
+        blocks = tuple(spec.hashes(self.block_tokens))
+        resumed = len(action.resume_tokens)
+        leg = SimLeg(action.leg_id, stream, spec, resumed, blocks, spec.max_tokens)
         self.legs[leg.leg_id] = leg
         return leg
 
@@ -287,7 +294,8 @@ class SimWorker(Node):
             self._later(0.02, 0.3, leg, lambda: self._generate(leg))
         else:
             del self.legs[leg.leg_id]
-        leg.stream.to_router(Output(leg.leg_id, tuple(tokens), finish))
+        leg.stream.to_router(Output(leg.leg_id, tuple(tokens), finish, leg.stored))
+        leg.stored = ()
 
     def _later(self, low_s: float, high_s: float, leg: SimLeg, do: Callable[[], None]) -> None:
         """Do it then, if the worker and the leg are still there."""

@@ -200,6 +200,7 @@ class World:
             max_tokens=rng.choice((1, 2, 5, 20, 40, LONG_MODEL_LEN)),
             stops_after=rng.choice((1, 2, 4, 15, 30, LONG_MODEL_LEN * 2)),
             can_hand_over=rng.random() < 0.9,
+            opening=rng.randint(0, 3),
         )
         policy = rng.choice(list(self.policies.values()))
         own = policy if timeline.chance(self._own_policies) else None
