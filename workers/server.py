@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -18,13 +18,29 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from cluster.arrivals import Arrivals, MessageLost
 from cluster.wire import worker_pb2, worker_pb2_grpc
-from workers.engine import EngineHost, encode_result
+from workers.engine import encode_result
 
 logger = logging.getLogger(__name__)
 
 SERVICES = ("baton.v1.Worker", "baton.v1.KvInbox")
 LINK_MESSAGES_MAX = 10_000
 """Messages a router may be behind before it is taken for dead."""
+
+
+class Engine(Protocol):
+    """What is done for routers: an EngineHost. May be called on any thread."""
+
+    def holdings(self) -> worker_pb2.Holdings: ...
+
+    def tell_kv(self, client: int) -> None: ...
+
+    def add(self, client: int, message: worker_pb2.AddRequest) -> None: ...
+
+    def abort(self, request_ids: list[str]) -> None: ...
+
+    def drop_transfer(self, transfer_id: str) -> None: ...
+
+    def call(self, client: int, call_id: int, method: str, args: list[Any]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -51,7 +67,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self.failed: asyncio.Future[str] = loop.create_future()
         self.stuck = False
         self.description = worker_pb2.WorkerDescription()
-        self.engine: EngineHost | None = None
+        self.engine: Engine | None = None
 
     @property
     def requests(self) -> int:

