@@ -121,10 +121,10 @@ class Connection(asyncio.Protocol):
             if not self._named and (found := ID.search(data, 0, whole)):
                 self._named = True
                 self._run.times[found[1].decode()] = self._times
-        if self._rest.endswith(END_OF_BODY):
-            self._finish(None)
-        elif b'"error"' in data:
+        if b'"error"' in data:
             self._finish(BenchFailed(f"the server answered: {data[:300]!r}"))
+        elif self._rest.endswith(END_OF_BODY):
+            self._finish(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._finish(BenchFailed(f"the server closed the connection ({exc})"))
@@ -162,7 +162,10 @@ class Control(asyncio.DatagramProtocol):
     async def ask(self, message: dict[str, Any]) -> None:
         self._answered.clear()
         self.tell(message)
-        await asyncio.wait_for(self._answered.wait(), DEADLINE_S)
+        try:
+            await asyncio.wait_for(self._answered.wait(), DEADLINE_S)
+        except TimeoutError as error:
+            raise BenchFailed(f"the stub engines said nothing for {DEADLINE_S:g} s") from error
 
 
 class Run:
@@ -274,8 +277,8 @@ async def run(load: Load) -> Seen:
 def main() -> None:
     try:
         seen = uvloop.run(run(Load(**json.loads(sys.argv[1]))))
-    except (BenchFailed, OSError, TimeoutError) as error:
-        sys.exit(f"the client failed: {error or type(error).__name__}")
+    except (BenchFailed, OSError) as error:
+        sys.exit(f"the client failed: {error}")
     print(json.dumps(asdict(seen)))
 
 

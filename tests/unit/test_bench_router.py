@@ -144,7 +144,7 @@ class Server:
                 assert body["stream"] and len(body["prompt"]) == 3
                 self.requests += 1
                 await self._answer(writer, body["max_tokens"])
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass
         finally:
             writer.close()
@@ -195,7 +195,7 @@ async def test_the_client_counts_tokens_however_they_come(piece_bytes: int) -> N
 
 
 async def test_an_answer_of_the_wrong_length_ends_the_benchmark() -> None:
-    with pytest.raises(BenchFailed, match="8 of 4 tokens"):
+    with pytest.raises(BenchFailed, match=r"4 of 2 tokens|8 of 4 tokens"):
         await seen_of(Server(100_000, ["00"]))
 
 
@@ -208,7 +208,7 @@ async def test_stubs_that_do_not_answer_end_the_benchmark(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cluster.bench.stream_client.DEADLINE_S", 0.05)
-    with pytest.raises((BenchFailed, OSError, TimeoutError)):
+    with pytest.raises(BenchFailed, match="said nothing"):
         await ask_stub(free_port(), {"dump": "nowhere"})
 
 
