@@ -23,6 +23,7 @@ from cluster.bench.stub_engine import Pace, StubEngine
 from cluster.logs import configure_logs
 from cluster.membership import WorkerState
 from cluster.scheduler.view import Pool
+from cluster.supervisor import flag_value
 from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
 from workers.registration import Registration
 from workers.server import WorkerService, add_standard_services
@@ -96,7 +97,9 @@ class StubWorker:
         service.description = worker_pb2.WorkerDescription(
             worker_id=settings.worker_id,
             incarnation=settings.incarnation,
-            fingerprint=worker_pb2.Fingerprint(model="stub"),
+            fingerprint=worker_pb2.Fingerprint(
+                model=flag_value(settings.vllm_args, "--served-model-name")
+            ),
             kv_address=address,
             max_model_len_tokens=MAX_MODEL_LEN_TOKENS,
             kv_blocks=KV_BLOCKS,

@@ -173,7 +173,7 @@ def _stub_workers(redis_url: str) -> list[str]:
             {
                 "worker_id": f"{pool}-0",
                 "incarnation": "bench",
-                "vllm_args": [],
+                "vllm_args": ["--served-model-name", MODEL_NAME],
                 "redis_url": redis_url,
                 "cluster": CLUSTER,
                 "pool": pool,

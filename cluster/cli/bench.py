@@ -39,9 +39,10 @@ bench.add_command(router)
 @bench.command(context_settings={"ignore_unknown_options": True})
 @compare_options
 def serve(as_json: bool, quick: bool, model: Path | None, **given: Any) -> None:
-    """Compare a prefill and a decode worker with one plain vLLM server.
+    """Compare Baton with one plain vLLM server.
 
-    Any flag of `vllm serve` can follow, and is for both servers.
+    Baton has a prefill and a decode worker. Any flag of `vllm serve` can follow, and is for both
+    servers.
     """
     from cluster.bench.serve import run_serve, summary
 
@@ -68,10 +69,11 @@ def isolation(
     vllm_args: tuple[str, ...],
     **given: int | float | None,
 ) -> None:
-    """Compare time between tokens while long prompts arrive in bursts.
+    """Compare decoding under bursts of long prompts.
 
-    Two plain vLLM servers, requests taking turns between them, and a prefill and a decode worker;
-    one core each. Any flag of `vllm serve` can follow, and is for all of them.
+    Time between tokens at two plain vLLM servers, requests taking turns between them, and at a
+    prefill and a decode worker; one core each. Any flag of `vllm serve` can follow, and is for
+    all of them.
     """
     from cluster.bench.isolation import QUICK, IsolationSettings, run_isolation, summary
 
@@ -113,9 +115,10 @@ def scheduler(as_json: bool, policy: str | None, quick: bool) -> None:
 @click.option("--repeats", type=click.IntRange(1), help="of each size and way  [9]")
 @click.option("--quick", is_flag=True, help="small hand-offs, few repeats: does it work at all")
 def kv(as_json: bool, repeats: int | None, quick: bool) -> None:
-    """Compare hand-offs of 1, 16 and 256 MB with a plain socket and with memcpy.
+    """Compare hand-offs with a socket and memcpy.
 
-    Between two processes on this machine, through gRPC with each codec. No model is loaded.
+    Of 1, 16 and 256 MB, between two processes on this machine, through gRPC with each codec. No
+    model is loaded.
     """
     from cluster.bench.kv import QUICK, KvSettings, run_kv, summary
     from cluster.bench.report import BenchFailed, machine

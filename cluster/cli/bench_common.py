@@ -39,7 +39,9 @@ def compare_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--model", type=Path, help="model folder; a random Llama of 113M if not given"
             ),
             click.option(
-                "--prompt-tokens", help="prompt lengths, comma-separated  [256,1024,4096]"
+                "--prompt-tokens",
+                multiple=True,
+                help="prompt lengths, comma-separated or given again  [256,1024,4096]",
             ),
             click.option(
                 "--repeats", type=click.IntRange(1), help="of each length, every round  [5; 3 long]"
@@ -61,7 +63,7 @@ def compare_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def compare_settings(
     quick: bool,
-    prompt_tokens: str | None,
+    prompt_tokens: tuple[str, ...],
     repeats: int | None,
     rounds: int | None,
     free_front_end: bool,
@@ -70,10 +72,10 @@ def compare_settings(
     from cluster.bench.sides import QUICK, CompareSettings
 
     given: dict[str, Any] = {"free_front_end": free_front_end, "vllm_args": vllm_args}
-    if prompt_tokens is not None:
-        lengths = prompt_tokens.split(",")
+    if prompt_tokens:
+        lengths = ",".join(prompt_tokens).split(",")
         if not all(length.isdigit() and int(length) for length in lengths):
-            raise click.BadParameter(f"{prompt_tokens!r} is not like 256,1024,4096")
+            raise click.BadParameter(f"{','.join(prompt_tokens)!r} is not like 256,1024,4096")
         given["prompt_tokens"] = tuple(dict.fromkeys(map(int, lengths)))
     if repeats is not None:
         given |= {"repeats": repeats, "repeats_long": repeats}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import click
 import pytest
 
 from cluster.bench.client import Stream, random_prompt
@@ -13,6 +14,7 @@ from cluster.bench.model import describe_model, pad_vocabulary
 from cluster.bench.report import BenchFailed, Goal, machine, median, percentile, ratio
 from cluster.bench.serve import goals_of, summary
 from cluster.bench.sides import QUICK, CompareSettings, LengthSamples, SideSamples
+from cluster.cli.bench_common import compare_settings
 from cluster.config import BUNDLED_MODEL
 
 SETTINGS = CompareSettings(prompt_tokens=(256,))
@@ -180,3 +182,19 @@ def test_every_id_of_a_padded_tokenizer_has_a_name() -> None:
     added = {token["id"] for token in tokenizer["added_tokens"]}
     assert {*tokenizer["model"]["vocab"].values()} | added == set(range(1000))
     assert len(tokenizer["model"]["vocab"].values()) == len({*tokenizer["model"]["vocab"].values()})
+
+
+@pytest.mark.parametrize(
+    ("given", "lengths"),
+    [((), (256, 1024, 4096)), (("64,256", "512", "64"), (64, 256, 512))],
+)
+def test_prompt_lengths_given_again_add_up(
+    given: tuple[str, ...], lengths: tuple[int, ...]
+) -> None:
+    settings = compare_settings(False, given, None, None, False, ())
+    assert settings.prompt_tokens == lengths
+
+
+def test_prompt_lengths_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(click.BadParameter, match="64,many"):
+        compare_settings(False, ("64", "many"), None, None, False, ())
