@@ -74,6 +74,22 @@ class LocalNode(BaseModel):
     gpus: int = Field(default=0, ge=0)
 
 
+class SloClassConfig(BaseModel):
+    """What a class of requests is promised, and how it queues."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ttft_ms: float | None = Field(default=None, gt=0)
+    tpot_ms: float | None = Field(default=None, gt=0)
+    priority: int = Field(default=0, ge=0)
+
+    def seconds(self) -> dict[str, float | int | None]:
+        """As the scheduler's `SloClass` has it."""
+        ttft_s = None if self.ttft_ms is None else self.ttft_ms / 1000
+        tpot_s = None if self.tpot_ms is None else self.tpot_ms / 1000
+        return {"ttft_s": ttft_s, "tpot_s": tpot_s, "priority": self.priority}
+
+
 class BatonConfig(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="BATON_",
@@ -118,6 +134,20 @@ class BatonConfig(BaseSettings):
     )
     queue_deadline_s: float = Field(
         30, gt=0, description="time a request waits for a worker before it fails"
+    )
+    queue_max: int = Field(
+        4096, ge=0, description="requests that may wait for a worker; more are refused"
+    )
+    worker_requests_max: int = Field(
+        0,
+        ge=0,
+        description="requests that a worker is given at a time, others wait in the router; 0: all",
+    )
+    slo_classes: dict[str, SloClassConfig] = Field(
+        default_factory=dict, description="what classes of requests are promised, as JSON"
+    )
+    api_key_classes: dict[str, str] = Field(
+        default_factory=dict, description="classes by the SHA-256 of API keys, as JSON"
     )
     lease_s: float = Field(
         2.4,
@@ -201,6 +231,9 @@ def load_config(flags: dict[str, Any]) -> BatonConfig:
         raise BadConfig(f"{file}: {error}") from error
     if config.port + config.routers > 65536:
         raise BadConfig(f"port: there are no {config.routers} ports from {config.port} on")
+    for name in config.api_key_classes.values():
+        if name not in config.slo_classes:
+            raise BadConfig(f"api_key_classes names {name!r}, which is not one of slo_classes")
     if config.prefill + config.decode == 0:
         raise BadConfig("prefill and decode are both 0: at least one worker is needed")
     return config

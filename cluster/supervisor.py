@@ -488,6 +488,10 @@ def router_command(config: BatonConfig, redis_url: str, router_id: str, port: in
         "queue_threshold_tokens": config.queue_threshold_tokens,
         "hand_over": config.handoff.when,
         "queue_deadline_s": config.queue_deadline_s,
+        "queue_max": config.queue_max,
+        "worker_requests_max": config.worker_requests_max,
+        "slo_classes": {name: slo.seconds() for name, slo in config.slo_classes.items()},
+        "api_key_classes": config.api_key_classes,
         "adopt_deadline_s": config.handoff.adopt_deadline_s,
     }
     return [sys.executable, "-m", "router", json.dumps(settings)]

@@ -36,6 +36,7 @@ from cluster.scheduler.life import (
     Deliver,
     DropTransfer,
     FailRequest,
+    Failure,
     Finish,
     StartDecode,
     StartLocal,
@@ -44,6 +45,7 @@ from cluster.scheduler.life import (
 from cluster.scheduler.policy import Ask
 from cluster.scheduler.prefixes import PromptBlocks
 from cluster.scheduler.scheduler import Scheduler
+from cluster.scheduler.slo import NO_PROMISE, SloClass
 from cluster.scheduler.view import WorkerKey, WorkerView
 from cluster.vllm_blocks import BlockHasher
 from cluster.wire import worker_pb2
@@ -132,7 +134,8 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         if placing is not None:
             self._placings[request.request_id] = placing
         policy = placing.policy if placing else None
-        self._carry_out(self.scheduler.on_arrival(self._ask(request), self._clock(), policy))
+        ask = self._ask(request, placing)
+        self._carry_out(self.scheduler.on_arrival(ask, self._clock(), policy))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
@@ -235,7 +238,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                     drop = worker_pb2.DropTransfer(transfer_id=action.transfer_id)
                     self._send(action.worker, worker_pb2.ToEngine(drop=drop))
                 case FailRequest():
-                    self._fail(action.request_id, action.reason)
+                    self._fail(action)
                 case Deliver():
                     pass  # `_on_outputs` delivers, as it has the output
 
@@ -292,8 +295,16 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         if worker is not None:
             worker.link.send(message)
 
-    def _fail(self, request_id: str, reason: str) -> None:
-        logger.error("request %s failed: %s", request_id, reason)
+    def _fail(self, failed: FailRequest) -> None:
+        request_id = failed.request_id
+        if failed.failure is Failure.LOST:
+            logger.error("request %s failed: %s", request_id, failed.reason)
+        else:
+            # Many may be refused when there is too much to do: no time for a line each.
+            logger.debug("request %s is refused: %s", request_id, failed.reason)
+            self.metrics.refused.labels(failed.failure).inc()
+            if placing := self._placings.get(request_id):
+                placing.refusal = failed
         output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
         self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
         self._forget(request_id)
@@ -411,9 +422,14 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             return 0
         return description.block_size_tokens
 
-    def _ask(self, request: EngineCoreRequest) -> Ask:
+    def _ask(self, request: EngineCoreRequest, placing: Placing | None) -> Ask:
         blocks = self._hasher.blocks_of(request) if self._hasher else None
-        return ask_of(request, blocks)
+        if placing is None:
+            return ask_of(request, blocks)
+        # One of several prompts or choices is not refused when others have been taken.
+        slo = placing.slo.without_targets() if placing.taken else placing.slo
+        placing.taken = True
+        return ask_of(request, blocks, slo, placing.tenant)
 
     def _cluster_stats(self, latest: SchedulerStats) -> SchedulerStats:
         """The front end shows one engine: gauges are summed over workers, counters are the
@@ -534,7 +550,12 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         cache.num_gpu_blocks = sum(w.description.kv_blocks for w in self.workers.values())
 
 
-def ask_of(request: EngineCoreRequest, blocks: PromptBlocks | None = None) -> Ask:
+def ask_of(
+    request: EngineCoreRequest,
+    blocks: PromptBlocks | None = None,
+    slo: SloClass = NO_PROMISE,
+    tenant: str = "",
+) -> Ask:
     params = request.sampling_params
     return Ask(
         request_id=request.request_id,
@@ -546,6 +567,8 @@ def ask_of(request: EngineCoreRequest, blocks: PromptBlocks | None = None) -> As
             and request.prompt_embeds is None
             and not request.mm_features
         ),
+        slo=slo,
+        tenant=tenant,
         blocks=blocks,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from cluster.scheduler.life import Path
+from cluster.scheduler.life import Failure, Path
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -25,6 +25,14 @@ class RouterMetrics:
             ["reason"],
             registry=registry,
         )
+        self.refused = Counter(
+            "baton_requests_refused",
+            "Requests that were not taken: the queue full, a promise not to be kept, no worker.",
+            ["reason"],
+            registry=registry,
+        )
+        for failure in (Failure.QUEUE_FULL, Failure.SLO, Failure.NO_WORKER):
+            self.refused.labels(failure)
         self.handoffs_started = Counter(
             "baton_handoffs_started", "KV hand-offs begun.", registry=registry
         )

@@ -34,6 +34,7 @@ from cluster.membership import (
 from cluster.scheduler.policies import Policies, PolicyOptions
 from cluster.scheduler.scheduler import Scheduler
 from cluster.vllm_args import parse_vllm_args
+from router.classes import Classes
 from router.cluster_core import ClusterCore
 from router.dashboard.routes import dashboard_routes
 from router.dashboard.source import DashboardSource
@@ -68,6 +69,8 @@ async def run_router(settings: RouterSettings) -> None:
         policies.get(settings.policy),
         new_id=lambda: uuid.uuid4().hex[:12],
         queue_deadline_s=settings.queue_deadline_s,
+        queued_max=settings.queue_max,
+        requests_max=settings.worker_requests_max,
     )
 
     def make_core(vllm_config: VllmConfig) -> ClusterCore:
@@ -133,7 +136,8 @@ async def serve_when_ready(
     dashboard = DashboardSource(settings, core, watcher)
     app.include_router(dashboard_routes(dashboard.state))
     # Innermost: who may not ask at all is told that first. vLLM has built its stack already.
-    app.user_middleware.append(Middleware(PlacementHeaders, policies))
+    classes = Classes.of_settings(settings.slo_classes, settings.api_key_classes)
+    app.user_middleware.append(Middleware(PlacementHeaders, policies, classes))
     app.middleware_stack = app.build_middleware_stack()
     record = RouterRecord(settings.router_id, settings.url, os.getpid())
     background.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from cluster.scheduler.handover import HandOver
 
@@ -26,6 +27,12 @@ class RouterSettings:
     hand_over: HandOver
     """What `handoff.when` says."""
     queue_deadline_s: float
+    queue_max: int
+    worker_requests_max: int
+    slo_classes: dict[str, dict[str, Any]]
+    """What `SloClass` is made of, by name."""
+    api_key_classes: dict[str, str]
+    """Names of classes, by the SHA-256 of API keys."""
     adopt_deadline_s: float
 
     def to_json(self) -> str:

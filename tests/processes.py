@@ -176,6 +176,10 @@ class Cluster:
             "queue_threshold_tokens": 8192,
             "hand_over": "always",
             "queue_deadline_s": 3.0,
+            "queue_max": 4096,
+            "worker_requests_max": 0,
+            "slo_classes": {},
+            "api_key_classes": {},
             "adopt_deadline_s": 10.0,
             **self.router_settings,
         }

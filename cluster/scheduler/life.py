@@ -29,6 +29,17 @@ class Path(enum.StrEnum):
     RECOMPUTED = "recomputed"
 
 
+class Failure(enum.StrEnum):
+    """Why a request fails, if not by an engine's error."""
+
+    LOST = "lost"
+    """Its workers, too often."""
+    NO_WORKER = "no_worker"
+    QUEUE_FULL = "queue_full"
+    SLO = "slo"
+    """It would have missed what its class is promised."""
+
+
 class Finish(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
@@ -97,6 +108,9 @@ class Deliver:
 class FailRequest:
     request_id: str
     reason: str
+    failure: Failure = Failure.LOST
+    retry_after_s: float = 0.0
+    """When it might be taken."""
 
 
 Action = StartPrefill | StartDecode | StartLocal | CancelLeg | DropTransfer | Deliver | FailRequest
@@ -149,6 +163,8 @@ class Life:
             max_tokens=self.tokens_left,
             resumed_tokens=len(self.tokens),
             can_hand_over=self.ask.can_hand_over,
+            slo=self.ask.slo,
+            tenant=self.ask.tenant,
             blocks=self.ask.blocks,
         )
 
@@ -210,9 +226,11 @@ class Life:
         self._end()
         return actions
 
-    def fail(self, reason: str) -> list[Action]:
+    def fail(
+        self, reason: str, failure: Failure = Failure.LOST, retry_after_s: float = 0.0
+    ) -> list[Action]:
         actions = self.abort()
-        actions.append(FailRequest(self.ask.request_id, reason))
+        actions.append(FailRequest(self.ask.request_id, reason, failure, retry_after_s))
         return actions
 
     def unplace(self) -> list[Action]:

@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 
 from cluster.scheduler.handover import HandOverRule
 from cluster.scheduler.prefixes import PromptBlocks
+from cluster.scheduler.slo import NO_PROMISE, SloClass
 from cluster.scheduler.view import ClusterView, Pools, WorkerKey, WorkerView
 
 
@@ -26,6 +27,9 @@ class Ask:
     """Output tokens the client has already, to be computed again with the prompt."""
     can_hand_over: bool = True
     """False for work that has no decode phase, or whose output needs the prompt in one piece."""
+    slo: SloClass = NO_PROMISE
+    tenant: str = ""
+    """Whose it is, for fairness."""
     blocks: PromptBlocks | None = field(default=None, compare=False)
     held_tokens: Mapping[WorkerKey, int] | None = field(default=None, compare=False)
     """How much of the prompt's beginning is in the prefix caches of those workers that have any."""
@@ -126,10 +130,6 @@ def _stay(pick: Pick, reason: str, **lends: bool) -> Placement:
 Queue = Callable[[WorkerView], float]
 
 
-def _memory_tenths(worker: WorkerView) -> int:
-    return int(worker.kv_load * 10)
-
-
 PREFILL_QUEUE: Sequence[Queue] = (
     attrgetter("pending_prompt_tokens"),
     attrgetter("prefills"),
@@ -137,7 +137,7 @@ PREFILL_QUEUE: Sequence[Queue] = (
 )
 # Memory first, in steps of a tenth: within one, the fewer running tokens decide.
 DECODE_QUEUE: Sequence[Queue] = (
-    _memory_tenths,
+    attrgetter("memory_tenths"),
     attrgetter("decode_tokens"),
     attrgetter("decodes"),
 )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 
-from cluster.scheduler.life import Action, CancelLeg, DropTransfer, Finish, Life, Phase
+from cluster.scheduler.admission import Miss, meeting
+from cluster.scheduler.life import Action, CancelLeg, DropTransfer, Failure, Finish, Life, Phase
+from cluster.scheduler.policies.scored import OUTPUT_TOKENS
 from cluster.scheduler.policy import Ask, Placement, PlacementPolicy
 from cluster.scheduler.prefixes import PrefixIndex
+from cluster.scheduler.queue import FairQueue
 from cluster.scheduler.rates import Rates
 from cluster.scheduler.view import NOTHING, ClusterView, PlacedLoad, WorkerKey, WorkerView
 
 LOSSES_MAX = 4
 """Workers a request loses before it fails: one that kills workers must not kill them all."""
 FADE_EVERY_S = 1.0
+FILL_TRIES = 8
+FILL_TRIES_TICK = 64
+RESUMED_PRIORITY = -1
 
 
 @dataclass(slots=True)
@@ -38,6 +44,8 @@ class Scheduler:
     new_id: Callable[[], str]
     queue_deadline_s: float = 30.0
     queued_max: int = 4096
+    requests_max: InitVar[int] = 0
+    """That a worker has at a time; others wait here. 0: no bound."""
     view: ClusterView = field(default_factory=ClusterView)
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
     lives: dict[str, Life] = field(default_factory=dict)
@@ -45,13 +53,15 @@ class Scheduler:
     _charges: dict[str, _Charge] = field(default_factory=dict)
     _others: Mapping[WorkerKey, PlacedLoad] = field(default_factory=dict)
     """What other routers placed."""
-    _queue: dict[str, float] = field(default_factory=dict)
-    """Since when who waits, the longest first."""
+    _queue: FairQueue = field(default_factory=FairQueue)
     _rates: Rates = field(default_factory=Rates)
     """All workers'."""
     _now_s: float = 0.0
     """The latest time heard of."""
     _faded_at_s: float = 0.0
+
+    def __post_init__(self, requests_max: int) -> None:
+        self.view.requests_max = requests_max
 
     @property
     def queued(self) -> int:
@@ -65,13 +75,20 @@ class Scheduler:
     ) -> list[Action]:
         self._now_s = now_s
         life = self.lives[ask.request_id] = Life(ask, policy)
-        actions = self._place(life)
-        if actions is not None:
-            return actions
+        if not (self.view.requests_max and self._queue):
+            actions = self._place(life, ask.slo.promises)
+            if actions is not None:
+                return actions
+        wait_s = self._queue.wait_s(ask.slo.priority)
         if len(self._queue) >= self.queued_max:
-            return self._forget(life, life.fail(f"{self.queued_max} requests are waiting already"))
-        self._queue[ask.request_id] = now_s
-        return []
+            reason = f"{self.queued_max} requests are waiting already"
+            return self._forget(life, life.fail(reason, Failure.QUEUE_FULL, wait_s))
+        if ask.slo.ttft_s is not None and wait_s > ask.slo.ttft_s:
+            reason = f"it would wait {wait_s:.2f} s for a worker"
+            miss = life.fail(reason, Failure.SLO, wait_s - ask.slo.ttft_s)
+            return self._forget(life, miss)
+        self._enqueue(life, ask.slo.priority)
+        return self._fill()
 
     def on_output(self, leg_id: str, token_ids: list[int], finish: Finish | None) -> list[Action]:
         """A leg's output. Empty for a leg that is no longer the request's."""
@@ -94,7 +111,9 @@ class Scheduler:
             del self._by_leg[leg_id]
             if life.leg is not None:
                 self._by_leg[life.leg.leg_id] = life
-        return self._forget(life, actions) if life.done else actions
+        if life.done:
+            actions = self._forget(life, actions)
+        return actions + self._fill() if self.view.requests_max else actions
 
     def life_of_leg(self, leg_id: str) -> Life | None:
         """None for a leg that is no longer its request's."""
@@ -116,7 +135,7 @@ class Scheduler:
 
     def on_abort(self, request_id: str) -> list[Action]:
         life = self.lives.get(request_id)
-        return [] if life is None else self._forget(life, life.abort())
+        return [] if life is None else self._forget(life, life.abort()) + self._fill()
 
     # --- workers ------------------------------------------------------------------------------
 
@@ -129,12 +148,13 @@ class Scheduler:
         return self._place_queued()
 
     def on_worker_lost(self, key: WorkerKey, now_s: float) -> list[Action]:
+        self._now_s = now_s
         self.view.workers.pop(key, None)
         self.prefixes.remove(key)
         actions: list[Action] = []
         for life in [life for life in self.lives.values() if life.depends_on(key)]:
             life.losses += 1
-            actions.extend(self._move(life, now_s))
+            actions.extend(self._move(life))
         # What was to be said to the lost worker is said to nobody.
         return [
             a for a in actions if not (isinstance(a, CancelLeg | DropTransfer) and a.worker == key)
@@ -145,9 +165,10 @@ class Scheduler:
         worker = self.view.workers.get(key)
         if worker is None or not worker.draining:
             return []
+        self._now_s = now_s
         actions: list[Action] = []
         for life in [life for life in self.lives.values() if life.depends_on(key)]:
-            actions.extend(self._move(life, now_s))
+            actions.extend(self._move(life))
         return actions
 
     def on_load(
@@ -169,7 +190,7 @@ class Scheduler:
         if worker is None:
             return
         prefilled, since_s = 0, now_s
-        for leg_id, computed_tokens in legs.items():
+        for leg_id, computed_tokens in legs.items() if worker.prefills else ():
             life = self._by_leg.get(leg_id)
             if life is None or life.phase is not Phase.PREFILLING:
                 continue
@@ -197,23 +218,31 @@ class Scheduler:
             for rates in (self._rates, *(worker.rates for worker in self.view.workers.values())):
                 rates.exposed.fade()
         self._now_s = now_s
-        actions = self._place_queued()
-        late = [r for r, since_s in self._queue.items() if now_s - since_s > self.queue_deadline_s]
-        for request_id in late:
+        actions = self._place_queued(FILL_TRIES_TICK if self.view.requests_max else None)
+        for request_id in self._queue.waiting_longer_than(self.queue_deadline_s, now_s):
             life = self.lives[request_id]
             reason = f"no worker could take it for {self.queue_deadline_s:g} s"
-            actions.extend(self._forget(life, life.fail(reason)))
+            actions.extend(self._forget(life, life.fail(reason, Failure.NO_WORKER)))
         return actions
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _place(self, life: Life) -> list[Action] | None:
+    def _place(self, life: Life, keeps_promise: bool = False) -> list[Action] | None:
+        """None: it has to wait. `keeps_promise`: rather than miss its targets, it fails."""
         ask = life.remaining()
+        if self.view.is_crowded(ask.tokens_to_compute):
+            return None
         if ask.blocks is not None and (held := self.prefixes.held_tokens(ask.blocks)):
             ask = replace(ask, held_tokens=held)
         placement = self.policy_of(life).place(ask, self.view)
         if placement is None:
             return None
+        if keeps_promise:
+            met = meeting(ask, placement, self.view)
+            if isinstance(met, Miss):
+                miss = life.fail(met.reason, Failure.SLO, met.retry_after_s)
+                return self._forget(life, miss)
+            placement = met
         if ask.held_tokens:
             placement = self._use_held(ask, placement)
         actions = [life.start(placement, self.new_id())]
@@ -247,16 +276,31 @@ class Scheduler:
         held = ask.held_tokens.get(placement.decode, 0)
         return replace(placement, decode_cached_tokens=held)
 
-    def _place_queued(self) -> list[Action]:
+    def _enqueue(self, life: Life, priority: int) -> None:
+        tokens = life.ask.tokens_to_compute + min(life.tokens_left, OUTPUT_TOKENS)
+        self._queue.add(life.ask.request_id, self._now_s, priority, life.ask.tenant, max(1, tokens))
+
+    def _place_queued(self, tries: int | None = None) -> list[Action]:
+        """As many as there is room for. `tries`: give up when so many in a row find none."""
         actions: list[Action] = []
-        for request_id in list(self._queue):
+        failed = 0
+        for request_id in self._queue.in_order(self._now_s):
             placed = self._place(self.lives[request_id])
             if placed is not None:
-                del self._queue[request_id]
+                self._queue.take(request_id, self._now_s)
                 actions.extend(placed)
+                failed = 0
+            elif (failed := failed + 1) == tries:
+                break
         return actions
 
-    def _move(self, life: Life, now_s: float) -> list[Action]:
+    def _fill(self) -> list[Action]:
+        """A worker that was full may have room."""
+        if not self.view.requests_max or not self._queue:
+            return []
+        return self._place_queued(tries=FILL_TRIES)
+
+    def _move(self, life: Life) -> list[Action]:
         assert life.leg is not None
         self._by_leg.pop(life.leg.leg_id, None)
         self._refund(life)
@@ -266,14 +310,15 @@ class Scheduler:
         actions = life.unplace()
         placed = self._place(life)
         if placed is None:
-            self._queue[life.ask.request_id] = now_s
+            # Before all others: its client has been served already.
+            self._enqueue(life, RESUMED_PRIORITY)
         return actions + (placed or [])
 
     def _forget(self, life: Life, actions: list[Action]) -> list[Action]:
         self._refund(life)
         self.lives.pop(life.ask.request_id, None)
         self._by_leg.pop(life.last_leg_id, None)
-        self._queue.pop(life.ask.request_id, None)
+        self._queue.remove(life.ask.request_id)
         return actions
 
     def _refund(self, life: Life) -> None:

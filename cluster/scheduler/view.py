@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -113,6 +114,14 @@ class WorkerView:
         share = promised / self.kv_tokens if self.kv_tokens else float(promised)
         return share if share > self.reported_kv_usage else self.reported_kv_usage
 
+    @property
+    def memory_tenths(self) -> int:
+        """`kv_load` in tenths, spelled out: every placement asks it of every worker."""
+        promised = self.decode_tokens + self.pending_prompt_tokens - self.pending_local_tokens
+        tenths = 10 * promised // (self.kv_tokens or 1)
+        reported = int(10 * self.reported_kv_usage)
+        return tenths if tenths > reported else reported
+
     def has_room(self, tokens: int) -> bool:
         """For a context of `tokens`, and for what those that run there still make."""
         return self.kv_load + tokens / max(1, self.kv_tokens) <= KV_LOAD_MAX
@@ -151,6 +160,26 @@ class Pools:
 @dataclass(slots=True)
 class ClusterView:
     workers: dict[WorkerKey, WorkerView] = field(default_factory=dict)
+    requests_max: int = 0
+    """That a worker prefills, and that it decodes, at a time; 0: no bound."""
+
+    def is_full(self, worker: WorkerView) -> bool:
+        most = self.requests_max
+        return most > 0 and (worker.prefills >= most or worker.decodes >= most)
+
+    def is_crowded(self, tokens: int) -> bool:
+        """A pool has workers that can take the context, and all of them are full. Then a request
+        waits, although the other pool could do all of it."""
+        if not self.requests_max:
+            return False
+        able = [
+            w for w in self.workers.values() if not w.draining and tokens < w.max_model_len_tokens
+        ]
+        for pool in Pool:
+            own = [worker for worker in able if worker.pool is pool]
+            if own and all(map(self.is_full, own)):
+                return True
+        return False
 
     def pools(self, tokens: int) -> Pools:
         """Of the workers that have room for a context of more than `tokens`."""
@@ -158,7 +187,10 @@ class ClusterView:
         decode: list[WorkerView] = []
         mixed: list[WorkerView] = []
         prefill_pool = Pool.PREFILL  # looking it up takes as long as all the rest of the loop
-        for worker in self.workers.values():
+        workers: Iterable[WorkerView] = self.workers.values()
+        if self.requests_max:
+            workers = [worker for worker in workers if not self.is_full(worker)]
+        for worker in workers:
             if worker.draining or tokens >= worker.max_model_len_tokens:
                 continue
             if worker.lent:

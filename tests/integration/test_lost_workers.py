@@ -179,5 +179,5 @@ def test_no_worker_left_is_an_error_event(mortal: Cluster) -> None:
     assert error["message"] and error["code"] == 500
     # Before the headers, it is a status: an error object, not a hanging connection.
     status, answer = ask(mortal.url, "/v1/completions", {"prompt": "x", "max_tokens": 2})
-    assert status == 500
-    assert answer["error"]["message"]
+    assert status == answer["error"]["code"] == 503
+    assert "no worker could take it" in answer["error"]["message"]

@@ -219,11 +219,13 @@ class Books:
             )
 
     def check_queue(self) -> None:
-        """Nobody waits for a worker that is there."""
+        """Nobody waits for a worker that is there and has room."""
+        view = self.scheduler.view
         for request_id, life in self.scheduler.lives.items():
-            if life.phase is Phase.QUEUED:
+            ask = life.remaining()
+            if life.phase is Phase.QUEUED and not view.is_crowded(ask.tokens_to_compute):
                 policy = self.scheduler.policy_of(life)
-                placement = policy.place(life.remaining(), self.scheduler.view)
+                placement = policy.place(ask, view)
                 if placement is not None:
                     raise Violation(f"{request_id} waits, although {placement.prefill} is there")
 
@@ -283,6 +285,9 @@ class Books:
         for key, view in scheduler.view.workers.items():
             held = [view.pending_prompt_tokens, view.pending_local_tokens, view.prefills]
             held += [view.decodes, view.decode_tokens, view.lent]
+            most, own = scheduler.view.requests_max, view.own
+            if most and max(own.prefills, own.decodes) > most:
+                raise Violation(f"{key} has {own}, more than {most} requests")
             if held != loads[key]:
                 raise Violation(f"load of {key} is {held}, it should be {loads[key]}")
 

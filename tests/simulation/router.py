@@ -17,6 +17,7 @@ from cluster.scheduler.life import (
     StartPrefill,
 )
 from cluster.scheduler.policy import Ask, PlacementPolicy
+from cluster.scheduler.slo import SloClass
 from cluster.scheduler.view import WorkerKey, WorkerView
 from router.following import Leases, Starts, follow, key_of
 from router.peers import from_json, to_json, together
@@ -68,6 +69,8 @@ class SimRouter(Node):
             spec.max_tokens,
             can_hand_over=spec.can_hand_over,
             blocks=spec,
+            slo=SloClass(priority=spec.prompt_tokens % 3),
+            tenant=f"tenant-{spec.stops_after % 3}",
         )
         self._carry_out(self.scheduler.on_arrival(ask, self.timeline.now_s, policy))
 

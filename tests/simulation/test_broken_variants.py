@@ -57,8 +57,16 @@ class HearsFormerLegs(Scheduler):
 
 
 class ForgetsTheQueue(Scheduler):
-    def _place_queued(self) -> list[Action]:
+    def _place_queued(self, tries: int | None = None) -> list[Action]:
         return []
+
+
+class OverfillsWorkers(Scheduler):
+    def _place(self, life: Life, keeps_promise: bool = False) -> list[Action] | None:
+        most, self.view.requests_max = self.view.requests_max, 0
+        placed = super()._place(life, keeps_promise)
+        self.view.requests_max = most
+        return placed
 
 
 class GivesUpSilently(Scheduler):
@@ -78,9 +86,9 @@ class LeavesRequestsOnLostWorkers(Scheduler):
 
 
 class GivesUpAfterOneLoss(Scheduler):
-    def _move(self, life: Life, now_s: float) -> list[Action]:
+    def _move(self, life: Life) -> list[Action]:
         life.losses = LOSSES_MAX
-        return super()._move(life, now_s)
+        return super()._move(life)
 
 
 class KeepsLostPrefixes(Scheduler):
@@ -124,9 +132,9 @@ class LeavesRequestsOnDrainedWorkers(Scheduler):
 class CountsLegsForItself(Scheduler):
     """As no other router and no restart knows of."""
 
-    def _place(self, life: Life) -> list[Action] | None:
+    def _place(self, life: Life, keeps_promise: bool = False) -> list[Action] | None:
         self.new_id = lambda: "1"
-        return super()._place(life)
+        return super()._place(life, keeps_promise)
 
 
 # --- policies -------------------------------------------------------------------------------------
@@ -276,6 +284,7 @@ SCHEDULERS: list[tuple[type[Scheduler], str]] = [
     (KeepsDrawnWorkers, "load of"),
     (HearsFormerLegs, "wrong token|finished: (abort|length) with"),
     (ForgetsTheQueue, "waits, although"),
+    (OverfillsWorkers, "more than . requests"),
     (GivesUpSilently, "is forgotten"),
     (AnswersThoseWhoLeft, "after it left"),
     (LeavesRequestsOnLostWorkers, "lost its place|without a leg|which is gone"),

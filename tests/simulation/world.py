@@ -56,6 +56,7 @@ class World:
         policy: PlacementPolicy | None = None,
         policy_name: str | None = None,
         make_scheduler: Callable[..., Scheduler] = Scheduler,
+        requests_max: int | None = None,
     ) -> None:
         timeline = self.timeline = Timeline(seed)
         rng = timeline.random
@@ -76,6 +77,8 @@ class World:
         self._gone_s = NOTICE_S[1] + 0.2 + (SLOW_S[1] if self.faults.slow_messages else 0.0)
         """A router knows by then that a worker's process has ended."""
         self._queue_deadline_s = rng.choice((3.0, 30.0))
+        bound = rng.choice((0, 0, 0, 1, 4))
+        self._requests_max = bound if requests_max is None else requests_max
         options = PolicyOptions(
             local_prompt_tokens=rng.choice((0, 0, 20)),
             queue_threshold_tokens=rng.choice((1, 100, 400, 8192)),
@@ -119,6 +122,7 @@ class World:
             policy=self.policy,
             new_id=lambda: str(next(self._legs)),
             queue_deadline_s=self._queue_deadline_s,
+            requests_max=self._requests_max,
         )
 
     def start_router(self, name: str) -> None:

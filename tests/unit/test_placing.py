@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -14,16 +15,26 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from cluster.scheduler.life import FailRequest, Failure
 from cluster.scheduler.policies import Policies, PolicyOptions
 from cluster.scheduler.policies.baselines import RoundRobin
 from cluster.scheduler.policy import Placement, PlacementPolicy
 from cluster.scheduler.view import WorkerKey
+from router.classes import Classes
 from router.placing import PLACING, TOLD_MAX, PlacementHeaders, Placing
+
+KEY = hashlib.sha256(b"batch-key").hexdigest()
+CLASSES = Classes.of_settings(
+    {"interactive": {"ttft_s": 0.5, "priority": 0}, "batch": {"priority": 5}}, {KEY: "batch"}
+)
 
 
 class FakeCore:
     def __init__(self) -> None:
         self.policies: list[PlacementPolicy | None] = []
+        self.asked: list[tuple[str, str]] = []
+        """Class and tenant."""
+        self.refusal: FailRequest | None = None
         self.reason = "shortest queues"
 
     async def add(self, request_id: str, decode: str = "decode-0") -> None:
@@ -31,6 +42,8 @@ class FakeCore:
         placing = PLACING.get()
         assert placing is not None
         self.policies.append(placing.policy)
+        self.asked.append((placing.slo.name, placing.tenant))
+        placing.refusal = self.refusal
         prefill = WorkerKey("prefill-0", "i1")
         placing.placements[request_id] = Placement(prefill, WorkerKey(decode, "i1"), self.reason)
 
@@ -82,8 +95,8 @@ def client(core: FakeCore) -> Iterator[TestClient]:
         Route(f"/{handler.__name__}", handler, methods=["GET", "POST"])
         for handler in (whole, batch, stream, moved, fails, raises, unplaced)
     ]
-    policies = Policies(PolicyOptions())
-    app = Starlette(routes=routes, middleware=[Middleware(PlacementHeaders, policies)])
+    middleware = [Middleware(PlacementHeaders, Policies(PolicyOptions()), CLASSES)]
+    app = Starlette(routes=routes, middleware=middleware)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
@@ -158,6 +171,65 @@ def test_an_unknown_policy_is_refused(client: TestClient, core: FakeCore) -> Non
     assert core.policies == []
 
 
+# --- classes and refusals -------------------------------------------------------------------------
+
+
+def test_a_request_has_the_class_it_names_or_that_of_its_key(
+    client: TestClient, core: FakeCore
+) -> None:
+    key = {"Authorization": "Bearer batch-key"}
+    other = {"x-api-key": "other"}
+    for headers in ({}, {"X-Baton-Class": "interactive"}, key, other):
+        assert client.post("/whole", headers=headers).status_code == 200
+    # Nobody gets out of the class that is set for its key.
+    client.post("/whole", headers={**key, "X-Baton-Class": "interactive"})
+    tenant = hashlib.sha256(b"other").hexdigest()
+    batch = ("batch", KEY)
+    assert core.asked == [("", ""), ("interactive", ""), batch, ("", tenant), batch]
+
+
+def test_an_unknown_class_is_refused(client: TestClient, core: FakeCore) -> None:
+    answer = client.post("/whole", headers={"X-Baton-Class": "best"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "X-Baton-Class"
+    assert error["message"] == "no class is called 'best': there are interactive, batch"
+    assert core.asked == []
+
+
+def test_a_class_called_default_is_that_of_all_others() -> None:
+    classes = Classes.of_settings({"default": {"ttft_s": 1.0}, "batch": {}}, {KEY: "batch"})
+    assert classes.get("", None).ttft_s == 1.0
+    assert classes.get("", "batch").name == classes.get(KEY, None).name == "batch"
+
+
+@pytest.mark.parametrize(
+    ("failure", "wait_s", "status", "retry_after"),
+    [
+        (Failure.SLO, 2.2, 429, "3"),
+        (Failure.QUEUE_FULL, 0.0, 429, "1"),
+        (Failure.QUEUE_FULL, 1e9, 429, "60"),
+        (Failure.NO_WORKER, 0.0, 503, "1"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/whole", "/batch", "/stream", "/fails"])
+def test_a_request_that_is_not_taken_is_told_when_to_come_again(
+    client: TestClient,
+    core: FakeCore,
+    path: str,
+    failure: Failure,
+    wait_s: float,
+    status: int,
+    retry_after: str,
+) -> None:
+    core.refusal = FailRequest("r1", "too much to do", failure, wait_s)
+    answer = client.post(path, content="d0 d1")
+    assert answer.status_code == status and answer.headers["retry-after"] == retry_after
+    error = answer.json()["error"]
+    assert error["code"] == status and error["message"] == "not taken: too much to do"
+    assert "x-baton-placement" not in answer.headers
+
+
 async def test_the_body_never_comes_before_the_start() -> None:
     sent: list[str] = []
 
@@ -174,7 +246,8 @@ async def test_the_body_never_comes_before_the_start() -> None:
         return {"type": "http.disconnect"}
 
     scope = {"type": "http", "method": "POST", "headers": []}
-    await PlacementHeaders(app, Policies(PolicyOptions()))(scope, receive, send)
+    headers = PlacementHeaders(app, Policies(PolicyOptions()), CLASSES)
+    await headers(scope, receive, send)
     assert sent == ["http.response.start", "http.response.body", "http.response.body"]
     assert PLACING.get() is None
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.scheduler.handover import HandOverRule
 from cluster.scheduler.policies.splitwise import Splitwise
@@ -307,3 +309,12 @@ def test_local_work_on_a_drawn_worker_makes_it_mixed(crowded: list[WorkerView]) 
         policy=Splitwise(HandOverRule(100)),
     )
     assert names(short) == ("p1", "p1") and short.lends_decode
+
+
+@given(st.integers(0, 5000), st.integers(0, 5000), st.integers(0, 2000), st.floats(0, 1))
+def test_memory_tenths_are_those_of_the_load(
+    decode_tokens: int, pending: int, kv_tokens: int, reported: float
+) -> None:
+    view = decode("d1", decode_tokens=decode_tokens, reported_kv_usage=reported)
+    view.pending_prompt_tokens, view.kv_tokens = pending, kv_tokens
+    assert view.memory_tenths - 1e-6 <= view.kv_load * 10 <= view.memory_tenths + 1 + 1e-6

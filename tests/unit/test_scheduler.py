@@ -12,6 +12,7 @@ from cluster.scheduler.life import (
     Deliver,
     DropTransfer,
     FailRequest,
+    Failure,
     Finish,
     Phase,
     StartDecode,
@@ -238,7 +239,9 @@ def test_waiting_has_an_end() -> None:
     scheduler.on_arrival(ASK, 0.0)
     scheduler.on_arrival(replace(ASK, request_id="later"), 10.0)
     assert scheduler.on_tick(30.0) == []
-    assert scheduler.on_tick(30.1) == [FailRequest("r", "no worker could take it for 30 s")]
+    assert scheduler.on_tick(30.1) == [
+        FailRequest("r", "no worker could take it for 30 s", Failure.NO_WORKER)
+    ]
     assert scheduler.queued == 1
 
 
@@ -247,7 +250,7 @@ def test_who_leaves_the_queue_takes_no_room_in_it() -> None:
     scheduler.queued_max = 1
     scheduler.on_arrival(ASK, 0.0)
     full = scheduler.on_arrival(replace(ASK, request_id="second"), 0.0)
-    assert full == [FailRequest("second", "1 requests are waiting already")]
+    assert full == [FailRequest("second", "1 requests are waiting already", Failure.QUEUE_FULL)]
     assert scheduler.on_abort("r") == []
     assert scheduler.queued == 0
     assert scheduler.on_arrival(replace(ASK, request_id="third"), 0.0) == []

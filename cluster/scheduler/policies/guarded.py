@@ -40,3 +40,5 @@ def _check(ask: Ask, placement: Placement, view: ClusterView) -> None:
     for worker in (prefill, decode):
         if worker.draining or ask.tokens_to_compute >= worker.max_model_len_tokens:
             raise ValueError(f"{worker.key} is draining or too short")
+        if view.is_full(worker):
+            raise ValueError(f"{worker.key} is full")
