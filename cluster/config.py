@@ -36,6 +36,9 @@ class HandoffConfig(BaseModel):
 
     inbox_bytes: int = Field(1 << 30, gt=0, description="KV bytes that may wait on a worker")
     staged_bytes: int = Field(256 << 20, gt=0, description="KV bytes that may wait to be sent")
+    credit_deadline_s: float = Field(
+        5, gt=0, description="time a transfer may wait for room on the worker that it goes to"
+    )
     transfer_deadline_s: float = Field(60, gt=0, description="time for one transfer")
     adopt_deadline_s: float = Field(
         10, gt=0, description="time a decode leg waits for its KV before it recomputes the prompt"

@@ -294,6 +294,8 @@ class EngineHost:
                 bytes=settled.bytes if adopt else 0,
                 tokens=settled.tokens if adopt else 0,
                 exposed_s=time.monotonic() - waiting.since_s,
+                credit_wait_s=settled.credit_wait_s,
+                first_layer_s=settled.first_layer_s,
                 wire_s=settled.wire_s,
             ),
         )

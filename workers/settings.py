@@ -12,7 +12,9 @@ class HandoffSettings:
     inbox_bytes: int = 1 << 30
     """KV that may wait here for its decode leg."""
     staged_bytes: int = 256 << 20
-    """KV that may wait here to be sent; prefill pauses at this bound."""
+    """KV that may wait here to be sent."""
+    credit_deadline_s: float = 5.0
+    """A transfer may wait this long for room in the inbox."""
     transfer_deadline_s: float = 60.0
     """For one transfer, from its first layer to the receiver's answer."""
     idle_s: float = 30.0

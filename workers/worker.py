@@ -95,7 +95,11 @@ class Worker:
         server = grpc.aio.server(options=GRPC_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         KvInboxService(
-            endpoint.inbox, identity.worker_id, identity.incarnation, identity.fingerprint
+            endpoint.inbox,
+            identity.worker_id,
+            identity.incarnation,
+            identity.fingerprint,
+            settings.handoff.credit_deadline_s,
         ).register(server)
         await add_standard_services(server)
         port = server.add_insecure_port(f"{settings.host}:{settings.port}")

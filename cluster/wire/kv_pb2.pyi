@@ -97,6 +97,18 @@ class KvFrame(_message.Message):
     checksum: int
     def __init__(self, layer: _Optional[int] = ..., first_token: _Optional[int] = ..., tokens: _Optional[int] = ..., first_head: _Optional[int] = ..., heads: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., key_order: _Optional[_Union[KeyOrder, str]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
+class PushReply(_message.Message):
+    __slots__ = ("credit", "result")
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    credit: Credit
+    result: TransferResult
+    def __init__(self, credit: _Optional[_Union[Credit, _Mapping]] = ..., result: _Optional[_Union[TransferResult, _Mapping]] = ...) -> None: ...
+
+class Credit(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class TransferResult(_message.Message):
     __slots__ = ("delivered", "reason")
     DELIVERED_FIELD_NUMBER: _ClassVar[int]

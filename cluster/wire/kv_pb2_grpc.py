@@ -47,8 +47,8 @@ class KvInboxServicer:
     def Pair(self, request, context):
         """Asked before the first transfer between two workers. A mismatch is refused with both sides'
         values in the message.
-        rpc Push(stream raw frame) returns (raw TransferResult): declared in workers/kv, as protobuf
-        has no type for a raw message.
+        rpc Push(stream raw frame) returns (stream PushReply): declared in workers/kv, as protobuf has
+        no type for a raw message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

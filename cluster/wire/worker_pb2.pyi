@@ -223,13 +223,15 @@ class UtilityReply(_message.Message):
     def __init__(self, call_id: _Optional[int] = ..., result: _Optional[bytes] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Adopted(_message.Message):
-    __slots__ = ("request_id", "handed_over", "reason", "bytes", "tokens", "exposed_s", "wire_s")
+    __slots__ = ("request_id", "handed_over", "reason", "bytes", "tokens", "exposed_s", "credit_wait_s", "first_layer_s", "wire_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_S_FIELD_NUMBER: _ClassVar[int]
     WIRE_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     handed_over: bool
@@ -237,8 +239,10 @@ class Adopted(_message.Message):
     bytes: int
     tokens: int
     exposed_s: float
+    credit_wait_s: float
+    first_layer_s: float
     wire_s: float
-    def __init__(self, request_id: _Optional[str] = ..., handed_over: _Optional[bool] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., wire_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., handed_over: _Optional[bool] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., credit_wait_s: _Optional[float] = ..., first_layer_s: _Optional[float] = ..., wire_s: _Optional[float] = ...) -> None: ...
 
 class EngineFailed(_message.Message):
     __slots__ = ("message",)

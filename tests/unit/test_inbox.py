@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cluster.wire import kv_pb2
+from workers.kv import inbox as inbox_module
+from workers.kv.codecs import group_codec
 from workers.kv.frames import Frame
 from workers.kv.inbox import Inbox, KvGeometry, Settled, TransferState
 
@@ -148,7 +150,7 @@ def test_two_frames_a_layer_become_a_whole_transfer_taken_once() -> None:
     clock.now_s += 2.5
     assert inbox.receive(last) == (TransferState.WHOLE, "")
 
-    assert noticed == [Settled("t", True, "", WHOLE_BYTES, TOKENS, 2.5)]
+    assert noticed == [Settled("t", True, "", WHOLE_BYTES, TOKENS, wire_s=2.5)]
     assert inbox.peek("t") == (TOKENS, b"digest")
     assert inbox.bytes_held == WHOLE_BYTES
     taken = inbox.take("t")
@@ -229,7 +231,7 @@ def test_a_wrong_frame_fails_the_transfer_whole(fault: str) -> None:
     state, said = inbox.receive(frame)
     assert state is TransferState.FAILED
     assert reason in said
-    assert noticed == [Settled("t", False, said, 0, 0, 0.0)]
+    assert noticed == [Settled("t", False, said)]
     assert inbox.bytes_held == 0
     # What was missing comes after all: too late.
     assert receive_all(inbox, *kv_frames()) == (TransferState.FAILED, said)
@@ -252,16 +254,15 @@ def test_a_frame_before_the_transfer_is_opened_fails_it() -> None:
     state, reason = inbox.receive(kv_frame())
     assert state is TransferState.FAILED
     assert "before the transfer was opened" in reason
-    assert noticed == [Settled("t", False, reason, 0, 0, 0.0)]
+    assert noticed == [Settled("t", False, reason)]
     assert receive_all(inbox, open_frame(), *kv_frames())[0] is TransferState.FAILED
     assert_failed(inbox)
 
 
-def test_a_transfer_of_no_tokens_is_never_whole() -> None:
+def test_a_transfer_of_no_tokens_is_refused() -> None:
     inbox = make_inbox()
-    assert inbox.receive(open_frame(tokens=0))[0] is TransferState.ARRIVING
-    assert inbox.take("t") is None
-    assert inbox.receive(kv_frame(tokens=0))[0] is TransferState.FAILED
+    assert inbox.receive(open_frame(tokens=0)) == (TransferState.FAILED, "a transfer of no tokens")
+    assert_failed(inbox)
 
 
 def test_a_transfer_for_an_older_incarnation_is_refused() -> None:
@@ -288,17 +289,15 @@ def test_a_transfer_from_another_incarnation_is_not_adopted(order: str) -> None:
     assert_failed(inbox)
 
 
-def test_a_transfer_that_does_not_fit_is_refused_and_others_stay() -> None:
-    inbox = make_inbox(max_bytes=2 * WHOLE_BYTES - 1)
+def test_a_transfer_that_never_fits_is_refused_and_others_stay() -> None:
+    inbox = make_inbox(max_bytes=WHOLE_BYTES)
     assert inbox.receive(open_frame("a"))[0] is TransferState.ARRIVING
-    state, reason = inbox.receive(open_frame("b"))
+    state, reason = inbox.receive(open_frame("b", tokens=TOKENS + 1))
     assert state is TransferState.FAILED
-    assert f"{WHOLE_BYTES} bytes asked" in reason
-    assert f"{WHOLE_BYTES - 1} of {2 * WHOLE_BYTES - 1} free" in reason
+    asked_bytes = WHOLE_BYTES + GEOMETRY.bytes_per_token
+    assert reason == f"the inbox is too small: {asked_bytes} bytes asked, it holds {WHOLE_BYTES}"
     assert inbox.bytes_held == WHOLE_BYTES
     assert receive_all(inbox, *kv_frames("a"))[0] is TransferState.WHOLE
-    inbox.take("a")
-    assert receive_all(inbox, open_frame("c"), *kv_frames("c"))[0] is TransferState.WHOLE
 
 
 def test_a_transfer_that_fits_exactly_is_taken() -> None:
@@ -393,6 +392,141 @@ def test_a_drop_is_remembered_for_a_while_and_not_for_ever() -> None:
     assert inbox.receive(open_frame())[0] is TransferState.ARRIVING
 
 
+# --- room -------------------------------------------------------------------------------------
+
+
+class Credits:
+    """Who was told what, in this order."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+        self.told: list[tuple[str, str]] = []
+
+    def ask(self, transfer_id: str, tokens: int = TOKENS) -> TransferState:
+        state, _ = self._inbox.receive(open_frame(transfer_id, tokens))
+        self._inbox.await_credit(transfer_id, lambda why: self.told.append((transfer_id, why)))
+        return state
+
+
+def test_who_finds_no_room_waits_and_the_first_comes_first() -> None:
+    clock = Clock()
+    inbox, noticed = make_inbox(2 * WHOLE_BYTES, clock), list[Settled]()
+    asked = Credits(inbox)
+    assert asked.ask("a") is asked.ask("b") is TransferState.ARRIVING
+    assert asked.told == [("a", ""), ("b", "")]
+    # There is room for the last of them, and it waits for its turn all the same.
+    receive_all(inbox, *kv_frames("b"))
+    inbox.take("b")
+    assert asked.ask("large", 2 * TOKENS) is TransferState.WAITING
+    assert asked.ask("small") is TransferState.WAITING
+    inbox.expect("small", SENDER, noticed.append)
+    assert (inbox.bytes_held, inbox.transfers_waiting) == (WHOLE_BYTES, 2)
+    clock.now_s += 3.0
+    receive_all(inbox, *kv_frames("a"))
+    inbox.take("a")
+    assert asked.told[2:] == [("large", "")]
+    assert (inbox.bytes_held, inbox.transfers_waiting) == (2 * WHOLE_BYTES, 1)
+    clock.now_s += 1.0
+    inbox.fail("large", "its sender is gone")
+    assert asked.told[3:] == [("small", "")]
+    clock.now_s += 0.5
+    receive_all(inbox, *kv_frames("small")[:-1])
+    clock.now_s += 0.25
+    receive_all(inbox, kv_frames("small")[-1])
+    (settled,) = noticed
+    assert (settled.whole, settled.credit_wait_s) == (True, 4.0)
+    assert (settled.first_layer_s, settled.wire_s) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("end", ["fail", "drop", "abort", "sweep", "claim of another"])
+def test_who_waits_for_room_may_end_and_lets_the_next_by(end: str) -> None:
+    clock = Clock()
+    inbox = make_inbox(WHOLE_BYTES, clock)
+    asked = Credits(inbox)
+    assert asked.ask("holds", TOKENS - 1) is TransferState.ARRIVING
+    assert asked.ask("waits") is TransferState.WAITING
+    if end == "sweep":
+        clock.now_s += MAX_IDLE_S
+        inbox.receive(kv_frame("holds", tokens=1))
+        clock.now_s += 0.1
+    assert asked.ask("next", 1) is TransferState.WAITING
+    match end:
+        case "fail":
+            inbox.fail("waits", "why")
+        case "drop":
+            inbox.drop("waits", "why")
+        case "abort":
+            inbox.receive(abort_frame("waits"))
+        case "sweep":
+            assert inbox.sweep() == ["waits"]
+        case _:
+            inbox.expect("waits", OTHER_SENDER, lambda settled: None)
+    (_, (first, why), last) = asked.told
+    assert (first, bool(why), last) == ("waits", True, ("next", ""))
+    assert (inbox.bytes_held, inbox.transfers_waiting) == (WHOLE_BYTES, 0)
+
+
+def test_frames_before_there_is_room_fail_the_transfer() -> None:
+    inbox = make_inbox(WHOLE_BYTES)
+    asked = Credits(inbox)
+    asked.ask("holds"), asked.ask("waits")
+    state, reason = inbox.receive(kv_frame("waits"))
+    assert state is TransferState.FAILED
+    assert reason == "a frame arrived before there was room for the transfer"
+    assert asked.told == [("holds", ""), ("waits", reason)]
+    assert inbox.bytes_held == WHOLE_BYTES
+
+
+def test_credit_for_what_is_over_is_refused_at_once() -> None:
+    inbox, told = make_inbox(), list[str]()
+    inbox.drop("t", "not wanted")
+    inbox.receive(open_frame())
+    inbox.await_credit("t", told.append)
+    assert told == ["the transfer is over"]
+
+
+def test_codec_that_spares_bytes_makes_room() -> None:
+    """Coded frames come to less than was set aside."""
+    coded = kv_frame("a", codec=kv_pb2.CODEC_INT8)
+    codec = group_codec(kv_pb2.CODEC_INT8)
+    assert codec is not None
+    shape = (TOKENS, len(HEADS), GEOMETRY.head_size)
+    payload = memoryview(bytes(codec.payload_bytes(*shape)))
+    spared = GEOMETRY.frame_bytes(TOKENS, len(HEADS)) - len(payload)
+    assert spared >= 0
+    inbox = make_inbox(2 * WHOLE_BYTES - spared)
+    asked = Credits(inbox)
+    asked.ask("a")
+    assert asked.ask("b") is (TransferState.WAITING if spared else TransferState.ARRIVING)
+    assert inbox.receive(Frame(coded.header, payload))[0] is TransferState.ARRIVING
+    assert asked.told == [("a", ""), ("b", "")]
+
+
+def test_only_so_many_may_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox_module, "WAITING_MAX", 2)
+    inbox = make_inbox(WHOLE_BYTES)
+    asked = Credits(inbox)
+    states = [asked.ask(name) for name in ("holds", "b", "c", "d")]
+    waiting = TransferState.WAITING
+    assert states == [TransferState.ARRIVING, waiting, waiting, TransferState.FAILED]
+    assert "2 transfers wait for room" in asked.told[-1][1]
+
+
+def test_only_so_many_failed_and_dropped_ones_are_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inbox_module, "OVER_MAX", 3)
+    inbox = make_inbox()
+    for number in range(9):
+        inbox.receive(kv_frame(f"unknown {number}"))
+        inbox.drop(f"dropped {number}", "not wanted")
+    assert inbox.transfers_held == 3
+    assert inbox.receive(open_frame("unknown 8"))[0] is TransferState.FAILED
+    assert inbox.receive(open_frame("dropped 8"))[0] is TransferState.FAILED
+    assert inbox.receive(open_frame("unknown 0"))[0] is TransferState.ARRIVING
+    assert inbox.receive(open_frame("dropped 0"))[0] is TransferState.ARRIVING
+
+
 # --- the claim --------------------------------------------------------------------------------
 
 
@@ -439,6 +573,20 @@ def test_a_claim_is_answered_at_once(event: str) -> None:
     assert [settled.whole for settled in late] == [False]
 
 
+def test_a_second_claim_is_refused_and_the_first_stays() -> None:
+    inbox = make_inbox()
+    first, second, third = list[Settled](), list[Settled](), list[Settled]()
+    inbox.expect("t", SENDER, first.append)
+    inbox.expect("t", SENDER, second.append)
+    refused = Settled("t", False, "another decode leg has claimed the transfer")
+    assert (first, second) == ([], [refused])
+    receive_all(inbox, open_frame(), *kv_frames())
+    assert [settled.whole for settled in first] == [True]
+    inbox.expect("t", SENDER, third.append)
+    assert third == [refused]
+    assert inbox.take("t") is not None
+
+
 def test_a_claim_may_act_on_the_inbox_when_it_is_answered() -> None:
     inbox, taken = make_inbox(), list[object]()
     inbox.expect("t", SENDER, lambda settled: taken.append(inbox.take(settled.transfer_id)))
@@ -461,11 +609,12 @@ class Expected:
     tokens: int | None = None
     sender: tuple[str, str] | None = None
     claimed_by: tuple[str, str] | None = None
+    has_room: bool = False
     cells: set[tuple[int, int, int]] = field(default_factory=set)
 
     @property
     def whole_bytes(self) -> int:
-        held = self.state is not TransferState.FAILED and self.tokens is not None
+        held = self.has_room and self.state is not TransferState.FAILED
         return (self.tokens or 0) * GEOMETRY.bytes_per_token if held else 0
 
     def all_cells(self) -> set[tuple[int, int, int]]:
@@ -485,6 +634,7 @@ class InboxMachine(RuleBasedStateMachine):
         self.inbox = make_inbox(max_bytes=2 * WHOLE_BYTES, clock=self.clock)
         self.model: dict[str, Expected] = {}
         self.dropped: dict[str, float] = {}
+        self.queue: list[str] = []
         self.claims: list[list[Settled]] = []
         self.unanswered: dict[str, list[Settled]] = {}
 
@@ -500,6 +650,20 @@ class InboxMachine(RuleBasedStateMachine):
             if noticed is not None:
                 assert [s.whole for s in noticed] == [state is TransferState.WHOLE]
 
+    def give_room(self) -> None:
+        """To those in the queue, in its order."""
+        alive = [i for i in self.queue if i in self.model]
+        self.queue = [i for i in alive if self.model[i].state is TransferState.WAITING]
+        for transfer_id in list(self.queue):
+            expected = self.model[transfer_id]
+            needed = (expected.tokens or 0) * GEOMETRY.bytes_per_token
+            held = sum(other.whole_bytes for other in self.model.values())
+            if held + needed > self.inbox.max_bytes:
+                return
+            self.queue.remove(transfer_id)
+            expected.has_room, expected.state = True, TransferState.ARRIVING
+            expected.touched_at_s = self.clock.now_s
+
     def receive(self, frame: Frame, accepts: Callable[[Expected], bool]) -> None:
         transfer_id = frame.header.transfer_id
         state, reason = self.inbox.receive(frame)
@@ -508,7 +672,7 @@ class InboxMachine(RuleBasedStateMachine):
             assert state is TransferState.FAILED
             return
         expected = self.expected(transfer_id)
-        if expected.state is TransferState.ARRIVING:
+        if expected.state in (TransferState.ARRIVING, TransferState.WAITING):
             expected.touched_at_s = self.clock.now_s
             if not accepts(expected):
                 expected.state = TransferState.FAILED
@@ -516,6 +680,7 @@ class InboxMachine(RuleBasedStateMachine):
                 expected.state = TransferState.WHOLE
         elif frame.header.WhichOneof("kind") != "abort":
             expected.state = TransferState.FAILED
+        self.give_room()
         assert state is expected.state
         self.settle(transfer_id)
 
@@ -528,17 +693,17 @@ class InboxMachine(RuleBasedStateMachine):
     def open(
         self, transfer_id: str, tokens: int, sender: tuple[str, str], to_incarnation: str
     ) -> None:
-        held = sum(other.whole_bytes for other in self.model.values())
-
         def accepts(expected: Expected) -> bool:
             if (
                 expected.tokens is not None
                 or to_incarnation != HERE
                 or expected.claimed_by not in (None, sender)
-                or held + tokens * GEOMETRY.bytes_per_token > self.inbox.max_bytes
+                or tokens * GEOMETRY.bytes_per_token > self.inbox.max_bytes
             ):
                 return False
             expected.tokens, expected.sender = tokens, sender
+            expected.state = TransferState.WAITING
+            self.queue.append(transfer_id)
             return True
 
         self.receive(open_frame(transfer_id, tokens, sender, to_incarnation), accepts)
@@ -558,8 +723,10 @@ class InboxMachine(RuleBasedStateMachine):
 
     @staticmethod
     def accepts_kv(expected: Expected, frame: Frame, extra_bytes: int = 0) -> bool:
+        if expected.state is TransferState.WAITING or extra_bytes:
+            return False
         new = set(cells([frame]))
-        if extra_bytes or not new or not new <= expected.all_cells() - expected.cells:
+        if not new or not new <= expected.all_cells() - expected.cells:
             return False
         expected.cells |= new
         return True
@@ -615,10 +782,15 @@ class InboxMachine(RuleBasedStateMachine):
         self.inbox.expect(transfer_id, sender, noticed.append)
         if transfer_id not in self.dropped:
             expected = self.expected(transfer_id)
+            if expected.claimed_by is not None:
+                assert [settled.whole for settled in noticed] == [False]
+                del self.unanswered[transfer_id]
+                return
             expected.touched_at_s = self.clock.now_s
             expected.claimed_by = sender
             if expected.sender not in (None, sender):
                 expected.state = TransferState.FAILED
+                self.give_room()
         self.settle(transfer_id)
 
     @rule(transfer_id=IDS)
@@ -634,13 +806,16 @@ class InboxMachine(RuleBasedStateMachine):
         assert set(arrived) == expected.all_cells()
         del self.model[transfer_id]
         self.dropped[transfer_id] = self.clock.now_s
+        self.give_room()
 
     @rule(transfer_id=IDS)
     def fail(self, transfer_id: str) -> None:
         self.inbox.fail(transfer_id, "the stream ended")
         expected = self.model.get(transfer_id)
-        if expected is not None and expected.state is TransferState.ARRIVING:
+        alive = (TransferState.ARRIVING, TransferState.WAITING)
+        if expected is not None and expected.state in alive:
             expected.state = TransferState.FAILED
+            self.give_room()
             self.settle(transfer_id)
 
     @rule(transfer_id=IDS)
@@ -651,6 +826,7 @@ class InboxMachine(RuleBasedStateMachine):
 
     def forget(self, transfer_id: str) -> None:
         if self.model.pop(transfer_id, None) is not None:
+            self.give_room()
             self.settle(transfer_id)
 
     @rule(seconds=st.sampled_from([1.0, MAX_IDLE_S / 2, MAX_IDLE_S + 1, 5 * MAX_IDLE_S]))
@@ -670,6 +846,7 @@ class InboxMachine(RuleBasedStateMachine):
         assert self.inbox.bytes_held == sum(e.whole_bytes for e in self.model.values())
         assert 0 <= self.inbox.bytes_held <= self.inbox.max_bytes
         assert self.inbox.transfers_held == len(self.model)
+        assert self.inbox.transfers_waiting == len(self.queue)
 
     @invariant()
     def answers_each_claim_at_most_once(self) -> None:

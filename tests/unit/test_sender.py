@@ -4,6 +4,7 @@ holding nothing."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import struct
 import threading
@@ -11,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from unittest import mock
 
 import grpc.aio
 import pytest
@@ -20,8 +22,10 @@ from workers.kv.endpoint import KvEndpoint, publish, published, withdraw
 from workers.kv.frames import ALIGNMENT_BYTES, checksum, encode_frame
 from workers.kv.inbox import Inbox, KvGeometry, Settled
 from workers.kv.sender import (
+    ENGINE_WAIT_MAX_S,
     RATE_ASSUMED_BYTES_S,
     RATE_SAMPLE_BYTES_MIN,
+    STALLED_S,
     Identity,
     Sender,
     Sent,
@@ -41,6 +45,9 @@ SOON_S = 2.5
 """What a test waits for something that should happen at once."""
 LARGE = memoryview(bytes(16 << 20))
 """More than a stream carries to a receiver that reads nothing."""
+
+ANY_S: float = mock.ANY
+WRONG_SIZE = f"a payload of {len(LARGE)} bytes where {LAYER_BYTES} belong"
 
 T = TypeVar("T")
 Frames = AsyncIterator[bytes]
@@ -76,9 +83,10 @@ class Receiver(KvInboxService):
         incarnation: str = HERE[1],
         fingerprint: worker_pb2.Fingerprint = FINGERPRINT,
         inbox: Inbox | None = None,
+        credit_deadline_s: float = LONG_S,
     ) -> None:
         self.inbox = inbox or Inbox(GEOMETRY, incarnation, 1 << 20, LONG_S, time.monotonic)
-        super().__init__(self.inbox, HERE[0], incarnation, fingerprint)
+        super().__init__(self.inbox, HERE[0], incarnation, fingerprint, credit_deadline_s)
         self.incarnation = incarnation
         self.frames_seen: queue.Queue[int] = queue.Queue()
         self.pushes = 0
@@ -97,9 +105,13 @@ class Receiver(KvInboxService):
     def stop(self) -> None:
         self._loop.call(self._server.stop(0))
 
-    async def push(self, frames: Frames, context: Context) -> bytes:
+    async def push(self, frames: Frames, context: Context) -> AsyncIterator[bytes]:
         self.pushes += 1
-        return await super().push(self._watched(self.on_the_wire(single(frames))), context)
+        watched = self._watched(self.on_the_wire(single(frames)))
+        # Closed with the stream, as the method itself is.
+        async with contextlib.aclosing(super().push(watched, context)) as replies:
+            async for reply in replies:
+                yield reply
 
     async def _watched(self, frames: Frames) -> Frames:
         number = 0
@@ -155,9 +167,10 @@ class Silent(Receiver):
         await self._wait("Pair")
         return await super().Pair(request, context)
 
-    async def push(self, frames: Frames, context: Context) -> bytes:
+    async def push(self, frames: Frames, context: Context) -> AsyncIterator[bytes]:
         await self._wait("Push")
-        return kv_pb2.TransferResult(reason="at last").SerializeToString()
+        result = kv_pb2.TransferResult(reason="at last")
+        yield kv_pb2.PushReply(result=result).SerializeToString()
 
     async def _wait(self, method: str) -> None:
         self.asked.put(method)
@@ -261,7 +274,7 @@ def push_all(transfer: Transfer) -> None:
 def test_a_transfer_is_delivered_whole(receiver: Receiver, make_outbox: MakeOutbox) -> None:
     outbox, claim = make_outbox(), receiver.claim()
     push_all(outbox.open(receiver))
-    assert outbox.result() == Sent("t", True, "", GEOMETRY.layers * LAYER_BYTES)
+    assert outbox.result() == Sent("t", True, "", GEOMETRY.layers * LAYER_BYTES, ANY_S)
     assert claim.get(timeout=SOON_S).whole
     assert receiver.inbox.peek("t") == (TOKENS, b"digest")
     taken = receiver.inbox.take("t")
@@ -390,16 +403,102 @@ def test_a_receiver_that_restarted_since_it_paired_refuses_the_transfer(
         new.stop()
 
 
-def test_a_full_inbox_refuses_with_the_reason(
+def test_an_inbox_that_is_too_small_refuses_with_the_reason(
     loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
 ) -> None:
-    inbox = Inbox(GEOMETRY, HERE[1], 1, LONG_S, time.monotonic)
-    receiver = start(Receiver(loop, inbox=inbox))
+    receiver = start(Receiver(loop, inbox=inbox_of(1)))
     outbox = make_outbox()
     push_all(outbox.open(receiver))
     sent = outbox.result()
     assert not sent.delivered
-    assert "the inbox is full" in sent.reason
+    assert "the inbox is too small" in sent.reason
+    outbox.assert_at_rest()
+
+
+# --- room at the receiver ---------------------------------------------------------------------
+
+
+def inbox_of(size_bytes: int) -> Inbox:
+    return Inbox(GEOMETRY, HERE[1], size_bytes, LONG_S, time.monotonic)
+
+
+def waits_for_room(receiver: Receiver) -> None:
+    until_s = time.monotonic() + SOON_S
+    while not receiver.inbox.transfers_waiting:
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def full(loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox) -> Receiver:
+    """Its inbox has room for one transfer, and that is there."""
+    receiver = start(Receiver(loop, inbox=inbox_of(GEOMETRY.layers * LAYER_BYTES)))
+    outbox = make_outbox()
+    push_all(outbox.open(receiver, "first"))
+    assert outbox.result().delivered
+    outbox.sender.close()
+    return receiver
+
+
+def test_a_transfer_waits_for_room_and_sends_nothing_before(
+    full: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox = make_outbox()
+    frames_before = full.frames_seen.qsize()
+    push_all(outbox.open(full))
+    waits_for_room(full)
+    assert outbox.sender.staged_bytes > GEOMETRY.layers * LAYER_BYTES
+    assert (full.frames_seen.qsize(), outbox.sent.qsize()) == (frames_before, 0)
+    assert full.inbox.take("first") is not None
+    sent = outbox.result()
+    assert (sent.delivered, sent.credit_wait_s > 0) == (True, True)
+    assert full.inbox.take("t") is not None
+    outbox.assert_at_rest()
+
+
+def test_a_wait_for_room_ends_at_its_deadline(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
+) -> None:
+    inbox = inbox_of(GEOMETRY.layers * LAYER_BYTES)
+    receiver = start(Receiver(loop, inbox=inbox, credit_deadline_s=0.2))
+    outbox, claim = make_outbox(), receiver.claim("second")
+    push_all(outbox.open(receiver, "first"))
+    assert outbox.result().delivered
+    push_all(outbox.open(receiver, "second"))
+    sent = outbox.result()
+    reason = "the inbox had no room for it within 0.2 s"
+    assert (sent.delivered, sent.reason) == (False, reason)
+    assert claim.get(timeout=SOON_S).reason == reason
+    assert (inbox.transfers_waiting, inbox.bytes_held) == (0, GEOMETRY.layers * LAYER_BYTES)
+    outbox.assert_at_rest()
+
+
+@pytest.mark.parametrize("how", ["aborted", "disconnected"])
+def test_who_leaves_while_it_waits_for_room_waits_no_more(
+    full: Receiver, make_outbox: MakeOutbox, how: str
+) -> None:
+    outbox, claim = make_outbox(), full.claim()
+    transfer = outbox.open(full)
+    waits_for_room(full)
+    if how == "aborted":
+        transfer.abort("the prefill was aborted")
+    else:
+        outbox.sender.peer(full.send_kv()).channel.close()
+    assert not outbox.result().delivered
+    assert not claim.get(timeout=SOON_S).whole
+    assert full.inbox.transfers_waiting == 0
+    outbox.assert_at_rest()
+
+
+def test_a_transfer_that_is_dropped_while_it_waits_for_room_ends(
+    full: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox = make_outbox()
+    push_all(outbox.open(full))
+    waits_for_room(full)
+    full.inbox.drop("t", "the client left")
+    sent = outbox.result()
+    assert (sent.delivered, sent.reason) == (False, "the client left")
     outbox.assert_at_rest()
 
 
@@ -555,7 +654,7 @@ def test_a_sender_that_gives_up_midway_fails_the_transfer(
     push_layer(transfer, 1)
     sent = outbox.result()
     reason = "the sender gave up: the prefill was aborted"
-    assert sent == Sent("t", False, reason, LAYER_BYTES)
+    assert sent == Sent("t", False, reason, LAYER_BYTES, ANY_S)
     settled = claim.get(timeout=SOON_S)
     assert (settled.whole, settled.reason) == (False, reason)
     assert receiver.inbox.bytes_held == 0
@@ -643,22 +742,45 @@ def test_a_prefill_that_never_ends_costs_no_more_than_the_deadline(
     outbox.assert_at_rest()
 
 
-def test_a_full_stage_blocks_and_then_ends_the_transfer(
+def test_a_full_stage_gives_up_who_does_not_move_and_others_get_on(
     loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
 ) -> None:
-    receiver = start(Silent(loop, "Push"))
-    outbox = make_outbox(deadline_s=1.0, max_staged_bytes=len(LARGE) * 3 // 2)
-    began_s = time.monotonic()
-    transfer = outbox.open(receiver)
-    push_layer(transfer, 0, LARGE)
-    assert time.monotonic() - began_s < 0.4
+    """A silent receiver's frames make room for others' before its deadline."""
+    silent, other = start(Silent(loop, "Push")), start(Receiver(loop))
+    outbox = make_outbox(max_staged_bytes=len(LARGE) * 3 // 2)
+    push_layer(outbox.open(silent, "stands"), 0, LARGE)
     assert outbox.sender.staged_bytes > len(LARGE)
-    push_layer(transfer, 1, LARGE)
-    assert 0.9 < time.monotonic() - began_s < SOON_S
-    assert outbox.sender.staged_bytes <= outbox.sender.max_staged_bytes
+    transfer = outbox.open(other, "moves")
+    push_layer(transfer, 0, LARGE)
     sent = outbox.result()
-    assert (sent.delivered, sent.bytes) == (False, len(LARGE))
+    assert (sent.transfer_id, sent.delivered) == ("stands", False)
+    assert sent.reason == f"the sender gave up: nothing of it was sent for {STALLED_S:g} s"
+    # It has its room; that the receiver wants no such frame is another matter.
+    assert outbox.result() == Sent("moves", False, WRONG_SIZE, len(LARGE), ANY_S)
     outbox.assert_at_rest()
+
+
+def test_one_transfer_holds_the_engine_up_only_for_so_long(
+    receiver: Receiver, make_outbox: MakeOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox, claim = make_outbox(max_staged_bytes=100), receiver.claim()
+    asked_s: list[float] = []
+
+    def no_room(size_bytes: int, wait_s: float, ended: threading.Event) -> bool:
+        asked_s.append(wait_s)
+        return len(asked_s) < 3
+
+    monkeypatch.setattr(outbox.sender, "stage", no_room)
+    monkeypatch.setattr(outbox.sender, "unstage", lambda size_bytes: None)
+    transfer = outbox.open(receiver)
+    for layer in range(GEOMETRY.layers):
+        push_layer(transfer, layer)
+    assert ENGINE_WAIT_MAX_S >= asked_s[0] >= asked_s[1] >= asked_s[2]
+    reason = "the sender gave up: no room for more within 100 bytes that wait to be sent"
+    sent = outbox.result()
+    assert (sent.delivered, sent.reason) == (False, reason)
+    assert not claim.get(timeout=SOON_S).whole
+    assert receiver.inbox.bytes_held == 0
 
 
 def test_the_stage_has_room_when_a_frame_is_sent(make_outbox: MakeOutbox) -> None:

@@ -87,7 +87,7 @@ async def receive(settings: dict[str, Any]) -> None:
     inbox = Inbox(GEOMETRY, RECEIVER[1], 4 * settings["size_bytes_max"], DEADLINE_S, time.monotonic)
     _Claims(inbox, loop)
     server = grpc.aio.server(options=GRPC_OPTIONS)
-    KvInboxService(inbox, *RECEIVER, FINGERPRINT).register(server)
+    KvInboxService(inbox, *RECEIVER, FINGERPRINT, DEADLINE_S).register(server)
     port = server.add_insecure_port(f"{HOST}:0")
     await server.start()
     with socket.create_server((HOST, 0)) as listening:

@@ -177,6 +177,9 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if sending is None:
             return None
         prompt = sending.request.prompt_token_ids
+        # Opened as soon as the prompt is computed: the way to the receiver and back, and its wait
+        # for room there, take no time of their own.
+        self._endpoint.sending(sending.send, len(prompt), lambda: digest_tokens(prompt))
         end = min(computed_tokens, len(prompt))
         if end <= sending.pushed_tokens or (not sending.overlaps and end < len(prompt)):
             return None

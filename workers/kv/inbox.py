@@ -1,25 +1,35 @@
 """The inbox: KV that prefill workers pushed here, until a decode leg adopts it.
 
-A transfer is whole when every layer, KV head and token of the prompt has arrived exactly once,
-undamaged, from the incarnation that opened it. Anything else fails it, and a failed transfer is
-recomputed, never adopted in part. All of this is bookkeeping over bytes: no gRPC, no vLLM, and the
-clock is handed in, so the fault tests drive it directly.
+A transfer that is opened waits until there is room for all of it, first come, first served; then
+its sender has credit. It is whole when every layer, KV head and token of the prompt has arrived
+exactly once, undamaged, from the incarnation that opened it. Anything else fails it, and a failed
+transfer is recomputed, never adopted in part. All of this is bookkeeping over bytes: no gRPC, no
+vLLM, and the clock is handed in, so the fault tests drive it directly.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.wire import kv_pb2
 from workers.kv.codecs import GroupCodec, group_codec
 from workers.kv.frames import Frame
 
+WAITING_MAX = 1000
+"""Transfers that may wait for room."""
+OVER_MAX = 10_000
+"""Failed transfers that are remembered, and as many that were dropped or adopted."""
+
 
 class TransferState(enum.Enum):
     ARRIVING = "arriving"
+    """Also one that was only claimed, and not opened yet."""
+    WAITING = "waiting"
+    """Opened, and there is no room for it."""
     WHOLE = "whole"
     FAILED = "failed"
 
@@ -52,9 +62,14 @@ class Settled:
     transfer_id: str
     whole: bool
     reason: str
-    bytes: int
-    tokens: int
-    wire_s: float
+    bytes: int = 0
+    tokens: int = 0
+    credit_wait_s: float = 0.0
+    """Until there was room for it."""
+    first_layer_s: float = 0.0
+    """From then until something came: prefill computes."""
+    wire_s: float = 0.0
+    """From then until all had come."""
 
 
 @dataclass(slots=True)
@@ -64,24 +79,32 @@ class _Transfer:
     state: TransferState = TransferState.ARRIVING
     reason: str = ""
     open: kv_pb2.OpenTransfer | None = None
-    first_frame_at_s: float = 0.0
-    last_frame_at_s: float = 0.0
+    opened_at_s: float = 0.0
+    credit_at_s: float = 0.0
+    first_kv_at_s: float | None = None
+    last_kv_at_s: float = 0.0
     bytes: int = 0
     """What it takes of the budget: the payloads that came, and the rest as if it came uncoded."""
     missing_head_tokens: int = 0
     """Layer x head x token cells still to come."""
     frames: dict[int, list[Frame]] = field(default_factory=dict)
+    on_credit: Callable[[str], None] | None = None
     on_settled: Callable[[Settled], None] | None = None
     expected_sender: tuple[str, str] | None = None
 
     def settled(self) -> Settled:
+        if self.state is not TransferState.WHOLE:
+            return Settled(self.transfer_id, False, self.reason)
+        assert self.open is not None and self.first_kv_at_s is not None
         return Settled(
             transfer_id=self.transfer_id,
-            whole=self.state is TransferState.WHOLE,
-            reason=self.reason,
+            whole=True,
+            reason="",
             bytes=self.bytes,
-            tokens=self.open.tokens if self.open else 0,
-            wire_s=self.last_frame_at_s - self.first_frame_at_s if self.open else 0.0,
+            tokens=self.open.tokens,
+            credit_wait_s=self.credit_at_s - self.opened_at_s,
+            first_layer_s=self.first_kv_at_s - self.credit_at_s,
+            wire_s=self.last_kv_at_s - self.first_kv_at_s,
         )
 
 
@@ -89,7 +112,8 @@ class Inbox:
     """Transfers by id, within a budget of bytes. Safe to call from several threads.
 
     `max_idle_s` bounds how long a transfer stays without a frame, a claim or an adoption: its
-    sender or its router is gone.
+    sender or its router is gone. Callbacks come without the lock, on the thread that made the
+    change.
     """
 
     def __init__(
@@ -107,9 +131,12 @@ class Inbox:
         self._clock = clock
         self._lock = threading.Lock()
         self._transfers: dict[str, _Transfer] = {}
+        self._waiting: dict[str, _Transfer] = {}
+        self._failed: dict[str, None] = {}
         self._over: dict[str, float] = {}
         """Dropped or adopted, and when: what still comes of them is refused."""
         self._bytes = 0
+        self._calls: list[Callable[[], None]] = []
 
     @property
     def bytes_held(self) -> int:
@@ -119,26 +146,41 @@ class Inbox:
     def transfers_held(self) -> int:
         return len(self._transfers)
 
+    @property
+    def transfers_waiting(self) -> int:
+        """For room."""
+        return len(self._waiting)
+
     def receive(self, frame: Frame) -> tuple[TransferState, str]:
         """Take a frame in. Returns whether going on makes sense, and if not, why."""
         transfer_id = frame.header.transfer_id
-        with self._lock:
+        with self._changing():
             if transfer_id in self._over:
                 return TransferState.FAILED, "the transfer is over"
             transfer = self._get(transfer_id)
-            if transfer.state is TransferState.ARRIVING:
+            if transfer.state in (TransferState.ARRIVING, TransferState.WAITING):
                 reason = self._take(transfer, frame)
                 if reason:
                     self._fail(transfer, reason)
+                else:
+                    self._give_credit()
             elif (
                 transfer.state is TransferState.WHOLE and frame.header.WhichOneof("kind") != "abort"
             ):
                 self._fail(transfer, "a frame arrived after the transfer was whole")
-            callback, settled = self._notice(transfer)
-            state = transfer.state
-        if callback:
-            callback(settled)
-        return state, settled.reason
+            self._notice(transfer)
+            return transfer.state, transfer.reason
+
+    def await_credit(self, transfer_id: str, on_credit: Callable[[str], None]) -> None:
+        """`on_credit` is called once, maybe at once: when there is room for an opened transfer,
+        with nothing, or else with why it failed."""
+        with self._changing():
+            transfer = self._transfers.get(transfer_id)
+            if transfer is None:
+                self._calls.append(lambda: on_credit("the transfer is over"))
+            else:
+                transfer.on_credit = on_credit
+                self._notice(transfer)
 
     def expect(
         self,
@@ -147,24 +189,15 @@ class Inbox:
         on_settled: Callable[[Settled], None],
     ) -> None:
         """A decode leg claims the transfer. `on_settled` is called once, maybe at once."""
-        with self._lock:
-            if transfer_id in self._over:
-                settled: Settled | None = Settled(
-                    transfer_id, False, "the transfer is over", 0, 0, 0.0
-                )
-            else:
-                settled = None
+        with self._changing():
+            refused = "the transfer is over" if transfer_id in self._over else ""
+            if not refused:
                 transfer = self._get(transfer_id)
-                transfer.changed_at_s = self._clock()
-                transfer.on_settled = on_settled
-                transfer.expected_sender = sender
-                if transfer.open is not None and self._sender(transfer.open) != sender:
-                    self._fail(transfer, self._foreign_sender(transfer.open, sender))
-                callback, noticed = self._notice(transfer)
-        if settled is not None:
-            on_settled(settled)
-        elif callback:
-            callback(noticed)
+                if transfer.expected_sender is None:
+                    self._claim(transfer, sender, on_settled)
+                    return
+                refused = "another decode leg has claimed the transfer"
+            self._calls.append(lambda: on_settled(Settled(transfer_id, False, refused)))
 
     def peek(self, transfer_id: str) -> tuple[int, bytes] | None:
         """Tokens and prompt digest of a whole transfer."""
@@ -177,38 +210,34 @@ class Inbox:
 
     def take(self, transfer_id: str) -> dict[int, list[Frame]] | None:
         """The frames of a whole transfer by layer; the inbox holds nothing of it afterwards."""
-        with self._lock:
+        with self._changing():
             transfer = self._transfers.get(transfer_id)
             if transfer is None or transfer.state is not TransferState.WHOLE:
                 return None
             self._forget(transfer)
-            self._over[transfer_id] = self._clock()
+            self._is_over(transfer_id)
             return transfer.frames
 
     def drop(self, transfer_id: str, reason: str) -> None:
         """Free what a transfer holds; frames that still come are refused."""
-        with self._lock:
+        with self._changing():
             transfer = self._transfers.get(transfer_id)
-            self._over[transfer_id] = self._clock()
+            self._is_over(transfer_id)
             if transfer is None:
                 return
             if transfer.state is not TransferState.FAILED:
                 self._fail(transfer, reason)
-            callback, settled = self._notice(transfer)
+            self._notice(transfer)
             self._forget(transfer)
-        if callback:
-            callback(settled)
 
     def fail(self, transfer_id: str, reason: str) -> None:
-        """The sender's stream broke, or the claim's deadline passed."""
-        with self._lock:
+        """The sender's stream broke, or the time to wait for room or for the KV has passed."""
+        with self._changing():
             transfer = self._transfers.get(transfer_id)
-            if transfer is None or transfer.state is not TransferState.ARRIVING:
+            if transfer is None or transfer.state in (TransferState.WHOLE, TransferState.FAILED):
                 return
             self._fail(transfer, reason)
-            callback, settled = self._notice(transfer)
-        if callback:
-            callback(settled)
+            self._notice(transfer)
 
     def sweep(self) -> list[str]:
         """Fail and forget transfers nobody touched for `max_idle_s`. Returns their ids."""
@@ -221,6 +250,17 @@ class Inbox:
             self.drop(transfer.transfer_id, f"nobody touched it for {self._max_idle_s:g} s")
         return [transfer.transfer_id for transfer in idle]
 
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds the lock, and then tells those whom the change concerns."""
+        with self._lock:
+            try:
+                yield
+            finally:
+                calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+
     def _get(self, transfer_id: str) -> _Transfer:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
@@ -228,10 +268,23 @@ class Inbox:
             self._transfers[transfer_id] = transfer
         return transfer
 
+    def _claim(
+        self,
+        transfer: _Transfer,
+        sender: tuple[str, str],
+        on_settled: Callable[[Settled], None],
+    ) -> None:
+        transfer.changed_at_s = self._clock()
+        transfer.on_settled = on_settled
+        transfer.expected_sender = sender
+        if transfer.open is not None and self._sender(transfer.open) != sender:
+            self._fail(transfer, self._foreign_sender(transfer.open, sender))
+        self._notice(transfer)
+
     def _take(self, transfer: _Transfer, frame: Frame) -> str:
         """Returns why the transfer fails, or an empty string."""
         now = self._clock()
-        transfer.changed_at_s = transfer.last_frame_at_s = now
+        transfer.changed_at_s = now
         kind = frame.header.WhichOneof("kind")
         if kind == "open":
             return self._take_open(transfer, frame.header.open, now)
@@ -239,7 +292,9 @@ class Inbox:
             return f"the sender gave up: {frame.header.abort.reason}"
         if transfer.open is None:
             return "a frame arrived before the transfer was opened"
-        return self._take_kv(transfer, frame)
+        if transfer.state is TransferState.WAITING:
+            return "a frame arrived before there was room for the transfer"
+        return self._take_kv(transfer, frame, now)
 
     def _take_open(self, transfer: _Transfer, opened: kv_pb2.OpenTransfer, now: float) -> str:
         if transfer.open is not None:
@@ -251,20 +306,38 @@ class Inbox:
         expected = transfer.expected_sender
         if expected is not None and self._sender(opened) != expected:
             return self._foreign_sender(opened, expected)
-        whole_bytes = opened.tokens * self.geometry.bytes_per_token
-        if self._bytes + whole_bytes > self.max_bytes:
-            return (
-                f"the inbox is full: {whole_bytes} bytes asked, "
-                f"{self.max_bytes - self._bytes} of {self.max_bytes} free"
-            )
+        whole_bytes = self._whole_bytes(opened)
+        if whole_bytes == 0:
+            return "a transfer of no tokens"
+        if whole_bytes > self.max_bytes:
+            return f"the inbox is too small: {whole_bytes} bytes asked, it holds {self.max_bytes}"
+        if len(self._waiting) >= WAITING_MAX:
+            return f"the inbox is full, and {WAITING_MAX} transfers wait for room"
         transfer.open = opened
-        transfer.first_frame_at_s = now
-        transfer.bytes = whole_bytes
+        transfer.opened_at_s = now
+        transfer.state = TransferState.WAITING
         transfer.missing_head_tokens = opened.tokens * self.geometry.heads * self.geometry.layers
-        self._bytes += whole_bytes
+        self._waiting[transfer.transfer_id] = transfer
         return ""
 
-    def _take_kv(self, transfer: _Transfer, frame: Frame) -> str:
+    def _give_credit(self) -> None:
+        """To those that wait for room, in the order in which they came."""
+        for transfer in list(self._waiting.values()):
+            assert transfer.open is not None
+            whole_bytes = self._whole_bytes(transfer.open)
+            if self._bytes + whole_bytes > self.max_bytes:
+                return
+            del self._waiting[transfer.transfer_id]
+            self._bytes += whole_bytes
+            transfer.bytes = whole_bytes
+            transfer.state = TransferState.ARRIVING
+            transfer.changed_at_s = transfer.credit_at_s = self._clock()
+            self._notice(transfer)
+
+    def _whole_bytes(self, opened: kv_pb2.OpenTransfer) -> int:
+        return opened.tokens * self.geometry.bytes_per_token
+
+    def _take_kv(self, transfer: _Transfer, frame: Frame, now: float) -> str:
         assert transfer.open is not None
         kv, geometry = frame.header.kv, self.geometry
         try:
@@ -302,6 +375,9 @@ class Inbox:
         if any(_overlap(kv, other.header.kv) for other in present):
             return f"layer {kv.layer}, tokens from {kv.first_token} arrived twice"
         present.append(frame)
+        if transfer.first_kv_at_s is None:
+            transfer.first_kv_at_s = now
+        transfer.last_kv_at_s = now
         transfer.bytes -= spared_bytes
         self._bytes -= spared_bytes
         transfer.missing_head_tokens -= kv.tokens * kv.heads
@@ -310,25 +386,43 @@ class Inbox:
         return ""
 
     def _fail(self, transfer: _Transfer, reason: str) -> None:
-        if transfer.open is not None:
-            self._bytes -= transfer.bytes
-            transfer.open = None
+        self._bytes -= transfer.bytes
+        transfer.bytes = 0
+        transfer.open = None
         transfer.state = TransferState.FAILED
         transfer.reason = reason
         transfer.frames = {}
-        transfer.bytes = 0
+        self._waiting.pop(transfer.transfer_id, None)
+        self._failed[transfer.transfer_id] = None
+        if len(self._failed) > OVER_MAX:
+            self._forget(self._transfers[next(iter(self._failed))])
+        self._give_credit()
 
     def _forget(self, transfer: _Transfer) -> None:
-        if transfer.open is not None:
-            self._bytes -= transfer.bytes
+        """One that is whole or has failed."""
         del self._transfers[transfer.transfer_id]
+        self._failed.pop(transfer.transfer_id, None)
+        self._bytes -= transfer.bytes
+        self._give_credit()
 
-    def _notice(self, transfer: _Transfer) -> tuple[Callable[[Settled], None] | None, Settled]:
-        """The claim's callback, once, when the transfer is settled."""
-        callback = None
-        if transfer.state is not TransferState.ARRIVING:
-            callback, transfer.on_settled = transfer.on_settled, None
-        return callback, transfer.settled()
+    def _is_over(self, transfer_id: str) -> None:
+        # The newest last, so that the oldest is forgotten first.
+        self._over.pop(transfer_id, None)
+        self._over[transfer_id] = self._clock()
+        if len(self._over) > OVER_MAX:
+            del self._over[next(iter(self._over))]
+
+    def _notice(self, transfer: _Transfer) -> None:
+        """Tell who waits for credit or for the end, once, if it is there."""
+        state, reason = transfer.state, transfer.reason
+        on_credit, on_settled = transfer.on_credit, transfer.on_settled
+        if on_credit is not None and state is not TransferState.WAITING:
+            transfer.on_credit = None
+            self._calls.append(lambda: on_credit(reason))
+        if on_settled is not None and state in (TransferState.WHOLE, TransferState.FAILED):
+            transfer.on_settled = None
+            settled = transfer.settled()
+            self._calls.append(lambda: on_settled(settled))
 
     @staticmethod
     def _sender(opened: kv_pb2.OpenTransfer) -> tuple[str, str]:

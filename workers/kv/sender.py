@@ -1,7 +1,14 @@
-"""Pushing KV to another worker's inbox: one gRPC stream a transfer, fed by the engine's thread."""
+"""Pushing KV to another worker's inbox: one gRPC stream a transfer, fed by the engine's thread.
+
+A transfer's frames are sent when the inbox has given credit for all of it. Until then they wait
+here, within a bound on the bytes of all transfers. Nobody holds the engine up for long: at that
+bound, transfers that don't move are given up, and so is one that has made the engine wait too long.
+What is given up is recomputed where it was to go.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -24,6 +31,10 @@ MESSAGE_BYTES_MIN = 1 << 20
 """A message with less takes the frames that wait behind it along."""
 TRANSFER_KEY = "baton-transfer"
 """gRPC metadata of a push: the transfer's id."""
+ENGINE_WAIT_MAX_S = 1.0
+"""That one transfer may hold up the engine, waiting for room to stage its frames."""
+STALLED_S = 0.5
+"""A transfer of which nothing was sent for this long gives its room to others."""
 RATE_ASSUMED_BYTES_S = 1e9
 """What a peer is taken to receive before anything was sent to it."""
 RATE_SAMPLE_BYTES_MIN = 1 << 20
@@ -47,6 +58,7 @@ class Sent:
     delivered: bool
     reason: str
     bytes: int
+    credit_wait_s: float = 0.0
 
 
 class _Peer:
@@ -54,7 +66,7 @@ class _Peer:
 
     def __init__(self, address: str) -> None:
         self.channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
-        self.push = self.channel.stream_unary(PUSH_METHOD, None, None)
+        self.push = self.channel.stream_stream(PUSH_METHOD, None, None)
         self._inbox = kv_pb2_grpc.KvInboxStub(self.channel)  # type: ignore[no-untyped-call]
         self._accepted: kv_pb2.PairReply | None = None
         self.rate_bytes_s = RATE_ASSUMED_BYTES_S
@@ -86,7 +98,7 @@ class _Staged:
 
 
 class Transfer:
-    """One prompt's KV on its way. `push` may block: staged bytes are bounded by the sender."""
+    """One prompt's KV on its way. `push` may block, for ENGINE_WAIT_MAX_S in all."""
 
     def __init__(self, sender: Sender, send: worker_pb2.SendKv, deadline_s: float) -> None:
         self.transfer_id = send.transfer_id
@@ -94,11 +106,19 @@ class Transfer:
         self._send = send
         # Bounded by the bytes that `Sender.stage` lets through.
         self._frames: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
-        self._deadline_at_s = time.monotonic() + deadline_s
+        self._opened_at_s = time.monotonic()
+        self._deadline_at_s = self._opened_at_s + deadline_s
         self._closed = False
         self._bytes = 0
         self._staged = 0
+        self._moved_at_s = 0.0
+        self._engine_waited_s = 0.0
         self._busy_s = 0.0
+        self._credit_wait_s = 0.0
+        self._credit = threading.Event()
+        """Also set when there is none to be waited for any more."""
+        self._call: grpc.Call | None = None
+        self._given_up = ""
         self._lock = threading.Lock()
         self.done = threading.Event()
         self._thread = threading.Thread(
@@ -119,13 +139,20 @@ class Transfer:
             return
         encoded = encode_header(header, len(payload))
         size_bytes = len(encoded) + len(payload)
-        if not self._sender.stage(size_bytes, self._remaining_s(), self.done):
-            self.abort(f"{self._sender.max_staged_bytes} bytes are already waiting to be sent")
+        started_s = time.monotonic()
+        wait_s = min(ENGINE_WAIT_MAX_S - self._engine_waited_s, self._remaining_s())
+        if not self._sender.stage(size_bytes, wait_s, self.done):
+            bound = self._sender.max_staged_bytes
+            self.give_up(f"no room for more within {bound} bytes that wait to be sent")
             return
         with self._lock:
+            now = time.monotonic()
+            self._engine_waited_s += now - started_s
             if self.done.is_set():
                 self._sender.unstage(size_bytes)
                 return
+            if self._staged == 0:
+                self._moved_at_s = now
             self._staged += size_bytes
             self._bytes += len(payload)
         self._frames.put(_Staged(encoded, payload, size_bytes))
@@ -138,11 +165,30 @@ class Transfer:
 
     def abort(self, reason: str) -> None:
         """Tell the receiver that the rest will not come."""
-        if not self._closed:
-            abort = kv_pb2.AbortTransfer(reason=reason)
-            header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, abort=abort)
-            self._frames.put(_Staged(encode_header(header, 0)))
-            self.finish()
+        if self._closed:
+            return
+        if not self._credit.is_set():
+            # The receiver reads nothing yet.
+            self.give_up(reason)
+            return
+        self._discard_frames()
+        abort = kv_pb2.AbortTransfer(reason=reason)
+        header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, abort=abort)
+        self._frames.put(_Staged(encode_header(header, 0)))
+        self.finish()
+
+    def give_up(self, reason: str) -> None:
+        """Break it off, and free what waits to be sent."""
+        with self._lock:
+            self._closed = True
+            self._given_up = self._given_up or reason
+            call = self._call
+        if call is not None:
+            call.cancel()
+
+    def is_stalled(self, now_s: float) -> bool:
+        stands_s = now_s - self._moved_at_s
+        return self._staged > 0 and stands_s >= STALLED_S and not self._given_up
 
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
@@ -157,13 +203,16 @@ class Transfer:
         except Exception as error:
             logger.exception("transfer %s failed", self.transfer_id)
             delivered, reason = False, str(error)
+        if self._given_up and not delivered:
+            reason = f"the sender gave up: {self._given_up}"
         with self._lock:
             self.done.set()
-            staged, self._staged = self._staged, 0
-        self._sender.unstage(staged)
-        # gRPC's thread may still wait for a frame.
+        # gRPC's thread may still wait for credit or for a frame.
+        self._credit.set()
+        self._discard_frames()
         self._frames.put(None)
-        self._sender.ended(self, Sent(self.transfer_id, delivered, reason, self._bytes))
+        sent = Sent(self.transfer_id, delivered, reason, self._bytes, self._credit_wait_s)
+        self._sender.ended(self, sent)
 
     def _deliver(self) -> tuple[bool, str]:
         peer = self._sender.peer(self._send)
@@ -171,17 +220,42 @@ class Transfer:
         if not paired.accepted:
             return False, paired.reason
         metadata = ((TRANSFER_KEY, self.transfer_id),)
-        reply = peer.push(self._messages(), timeout=self._remaining_s(), metadata=metadata)
-        result = kv_pb2.TransferResult.FromString(reply)
+        call = peer.push(self._messages(), timeout=self._remaining_s(), metadata=metadata)
+        with self._lock:
+            self._call = call
+        if self._given_up:
+            call.cancel()
+        result = kv_pb2.TransferResult(reason="the receiver ended the stream without an answer")
+        for encoded in call:
+            reply = kv_pb2.PushReply.FromString(encoded)
+            if reply.HasField("credit"):
+                self._credit_wait_s = time.monotonic() - self._opened_at_s
+                self._credit.set()
+            else:
+                result = reply.result
         peer.measured(self._bytes, self._busy_s)
         return result.delivered, result.reason
 
     def _remaining_s(self) -> float:
         return max(0.0, self._deadline_at_s - time.monotonic())
 
+    def _discard_frames(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._frames.get_nowait()
+        with self._lock:
+            staged, self._staged = self._staged, 0
+        self._sender.unstage(staged)
+
     def _messages(self) -> Iterator[bytes]:
-        """The frames. Small ones that wait already share a message."""
-        while True:
+        """What opens the transfer, and when there is credit, the frames. Small ones that wait
+        already share a message."""
+        opening = self._frames.get()
+        assert opening is not None
+        yield opening.header
+        if not self._credit.wait(self._remaining_s()):
+            return
+        while not self.done.is_set():
             try:
                 frame = self._frames.get(timeout=self._remaining_s())
             except queue.Empty:
@@ -200,8 +274,10 @@ class Transfer:
                 # each message takes the memory that the one before has left warm.
                 yield b"".join(parts)
                 # gRPC asks for the next message when it has taken this one over.
-                self._busy_s += time.monotonic() - started_s
+                now = time.monotonic()
+                self._busy_s += now - started_s
                 with self._lock:
+                    self._moved_at_s = now
                     size_bytes = min(size_bytes, self._staged)
                     self._staged -= size_bytes
                 self._sender.unstage(size_bytes)
@@ -255,19 +331,25 @@ class Sender:
         )
         return transfer
 
-    def stage(self, size_bytes: int, deadline_s: float, ended: threading.Event) -> bool:
+    def stage(self, size_bytes: int, wait_s: float, ended: threading.Event) -> bool:
         """Wait for room, or until the transfer has ended. A frame larger than the whole bound goes
         alone."""
-
-        def fits() -> bool:
-            return self._staged == 0 or self._staged + size_bytes <= self.max_staged_bytes
-
-        with self._room:
-            self._room.wait_for(lambda: ended.is_set() or fits(), deadline_s)
-            if ended.is_set() or not fits():
-                return False
-            self._staged += size_bytes
-            return True
+        until_s = time.monotonic() + wait_s
+        while True:
+            with self._room:
+                if ended.is_set():
+                    return False
+                if self._staged == 0 or self._staged + size_bytes <= self.max_staged_bytes:
+                    self._staged += size_bytes
+                    return True
+                now = time.monotonic()
+                if now >= until_s:
+                    return False
+                stalled = [t for t in list(self._transfers) if t.is_stalled(now)]
+                if not stalled:
+                    self._room.wait(min(until_s - now, STALLED_S / 4))
+            for transfer in stalled:
+                transfer.give_up(f"nothing of it was sent for {STALLED_S:g} s")
 
     def unstage(self, size_bytes: int) -> None:
         with self._room:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import grpc
@@ -27,10 +28,18 @@ def fingerprint_mismatch(mine: worker_pb2.Fingerprint, theirs: worker_pb2.Finger
 
 
 class KvInboxService(kv_pb2_grpc.KvInboxServicer):
+    """`credit_deadline_s`: how long a transfer may wait for room in the inbox."""
+
     def __init__(
-        self, inbox: Inbox, worker_id: str, incarnation: str, fingerprint: worker_pb2.Fingerprint
+        self,
+        inbox: Inbox,
+        worker_id: str,
+        incarnation: str,
+        fingerprint: worker_pb2.Fingerprint,
+        credit_deadline_s: float,
     ) -> None:
         self._inbox = inbox
+        self._credit_deadline_s = credit_deadline_s
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._fingerprint = fingerprint
@@ -56,41 +65,68 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
         self,
         frames: AsyncIterator[bytes],
         context: grpc.aio.ServicerContext[bytes, bytes],
-    ) -> bytes:
-        """Take frames until the stream ends. The stream carries one transfer."""
+    ) -> AsyncIterator[bytes]:
+        """Take frames until the stream ends. The stream carries one transfer; what it holds is free
+        again as soon as the stream breaks."""
         # Told beside the frames, so that one whose first frame is damaged fails at once as well.
         transfer_id = dict(context.invocation_metadata() or ()).get(TRANSFER_KEY, "")
-        state = TransferState.ARRIVING
+        state = TransferState.FAILED
         try:
             async for message in frames:
-                try:
-                    for frame in decode_frames(message):
-                        if frame.header.transfer_id != transfer_id:
-                            raise BadFrame(
-                                f"a frame of {frame.header.transfer_id} in the stream of "
-                                f"{transfer_id}"
-                            )
-                        state, reason = self._inbox.receive(frame)
-                        if state is TransferState.FAILED:
-                            return _result(False, reason)
-                except BadFrame as error:
-                    self._inbox.fail(transfer_id, str(error))
-                    return _result(False, str(error))
+                for frame in decode_frames(message):
+                    if frame.header.transfer_id != transfer_id:
+                        raise BadFrame(
+                            f"a frame of {frame.header.transfer_id} in the stream of {transfer_id}"
+                        )
+                    state, reason = self._inbox.receive(frame)
+                    if frame.header.WhichOneof("kind") == "open":
+                        reason = reason or await self._credit(transfer_id)
+                        if not reason:
+                            yield _CREDIT
+                    if reason:
+                        yield _result(reason)
+                        return
+            yield _result("" if state is TransferState.WHOLE else _ENDED_EARLY)
+        except BadFrame as error:
+            self._inbox.fail(transfer_id, str(error))
+            yield _result(str(error))
         finally:
             # Also when the sender's process or connection is gone.
-            if transfer_id and state is TransferState.ARRIVING:
-                self._inbox.fail(transfer_id, _ENDED_EARLY)
-        whole = state is TransferState.WHOLE
-        return _result(whole, "" if whole else _ENDED_EARLY)
+            self._inbox.fail(transfer_id, _ENDED_EARLY)
+
+    async def _credit(self, transfer_id: str) -> str:
+        """Wait for it. Returns why there is none."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[str] = loop.create_future()
+
+        def settle(reason: str) -> None:
+            if not answer.done():
+                answer.set_result(reason)
+
+        # Nearly always there is room, and the answer is there at once.
+        self._inbox.await_credit(
+            transfer_id, lambda reason: loop.call_soon_threadsafe(settle, reason)
+        )
+        try:
+            async with asyncio.timeout(self._credit_deadline_s):
+                return await answer
+        except TimeoutError:
+            reason = f"the inbox had no room for it within {self._credit_deadline_s:g} s"
+            self._inbox.fail(transfer_id, reason)
+            return reason
 
     def register(self, server: grpc.aio.Server) -> None:
         kv_pb2_grpc.add_KvInboxServicer_to_server(self, server)  # type: ignore[no-untyped-call]
         # A raw method of the same service: no protobuf between the socket and the inbox.
-        handler = grpc.stream_unary_rpc_method_handler(self.push)
+        handler = grpc.stream_stream_rpc_method_handler(self.push)
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler("baton.v1.KvInbox", {"Push": handler}),)
         )
 
 
-def _result(delivered: bool, reason: str) -> bytes:
-    return kv_pb2.TransferResult(delivered=delivered, reason=reason).SerializeToString()
+def _result(reason: str) -> bytes:
+    result = kv_pb2.TransferResult(delivered=not reason, reason=reason)
+    return kv_pb2.PushReply(result=result).SerializeToString()
+
+
+_CREDIT = kv_pb2.PushReply(credit=kv_pb2.Credit()).SerializeToString()
