@@ -461,8 +461,8 @@ def test_who_waits_for_room_may_end_and_lets_the_next_by(end: str) -> None:
             assert inbox.sweep() == ["waits"]
         case _:
             inbox.expect("waits", OTHER_SENDER, lambda settled: None)
-    (_, (first, why), last) = asked.told
-    assert (first, bool(why), last) == ("waits", True, ("next", ""))
+    told = dict(asked.told)
+    assert (len(asked.told), bool(told["waits"]), told["next"]) == (3, True, "")
     assert (inbox.bytes_held, inbox.transfers_waiting) == (WHOLE_BYTES, 0)
 
 

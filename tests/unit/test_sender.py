@@ -541,7 +541,7 @@ async def lose(frames: Frames) -> Frames:
 
 async def open_late(frames: Frames) -> Frames:
     opened = await anext(frames)
-    yield await anext(frames)
+    yield TOO_EARLY
     yield opened
     async for frame in frames:
         yield frame
@@ -567,6 +567,9 @@ async def numbered(frames: Frames) -> AsyncIterator[tuple[int, bytes]]:
         i += 1
 
 
+TOO_EARLY = encode_frame(
+    kv_pb2.FrameHeader(transfer_id="t", kv=kv_pb2.KvFrame(tokens=1, checksum=checksum(b"")))
+)
 OF_ANOTHER = encode_frame(
     kv_pb2.FrameHeader(transfer_id="another", abort=kv_pb2.AbortTransfer(reason="not yours"))
 )
@@ -650,6 +653,7 @@ def test_a_sender_that_gives_up_midway_fails_the_transfer(
     outbox, claim = make_outbox(), receiver.claim()
     transfer = outbox.open(receiver)
     push_layer(transfer, 0)
+    assert transfer.credit.wait(SOON_S)
     transfer.abort("the prefill was aborted")
     push_layer(transfer, 1)
     sent = outbox.result()
@@ -696,6 +700,7 @@ def test_a_stopping_worker_tells_its_receivers(receiver: Receiver, make_outbox: 
     outbox, claim = make_outbox(), receiver.claim()
     transfer = outbox.open(receiver)
     push_layer(transfer, 0)
+    assert transfer.credit.wait(SOON_S)
     outbox.sender.close()
     assert claim.get(timeout=SOON_S).reason == "the sender gave up: the worker is stopping"
     assert not outbox.result().delivered
@@ -930,13 +935,14 @@ def test_small_frames_that_wait_share_a_message(
     messages: list[int] = []
 
     class Counting(Receiver):
-        async def push(self, frames: Frames, context: Context) -> bytes:
+        async def push(self, frames: Frames, context: Context) -> AsyncIterator[bytes]:
             async def counted() -> Frames:
                 async for message in frames:
                     messages.append(len(message))
                     yield message
 
-            return await KvInboxService.push(self, counted(), context)
+            async for reply in KvInboxService.push(self, counted(), context):
+                yield reply
 
     receiver = start(Counting(loop))
     outbox = make_outbox()
@@ -945,7 +951,8 @@ def test_small_frames_that_wait_share_a_message(
         transfer = outbox.open(receiver)
         push_all(transfer)
     assert outbox.result().delivered
-    assert len(messages) == 1
+    # What opens the transfer, and the rest.
+    assert len(messages) == 2
 
 
 def test_an_endpoint_is_found_by_name_while_it_is_published(

@@ -115,7 +115,7 @@ class Transfer:
         self._engine_waited_s = 0.0
         self._busy_s = 0.0
         self._credit_wait_s = 0.0
-        self._credit = threading.Event()
+        self.credit = threading.Event()
         """Also set when there is none to be waited for any more."""
         self._call: grpc.Call | None = None
         self._given_up = ""
@@ -167,7 +167,7 @@ class Transfer:
         """Tell the receiver that the rest will not come."""
         if self._closed:
             return
-        if not self._credit.is_set():
+        if not self.credit.is_set():
             # The receiver reads nothing yet.
             self.give_up(reason)
             return
@@ -184,7 +184,7 @@ class Transfer:
             self._given_up = self._given_up or reason
             call = self._call
         if call is not None:
-            call.cancel()
+            call.cancel()  # type: ignore[no-untyped-call]
 
     def is_stalled(self, now_s: float) -> bool:
         stands_s = now_s - self._moved_at_s
@@ -208,7 +208,7 @@ class Transfer:
         with self._lock:
             self.done.set()
         # gRPC's thread may still wait for credit or for a frame.
-        self._credit.set()
+        self.credit.set()
         self._discard_frames()
         self._frames.put(None)
         sent = Sent(self.transfer_id, delivered, reason, self._bytes, self._credit_wait_s)
@@ -224,13 +224,13 @@ class Transfer:
         with self._lock:
             self._call = call
         if self._given_up:
-            call.cancel()
+            call.cancel()  # type: ignore[no-untyped-call]
         result = kv_pb2.TransferResult(reason="the receiver ended the stream without an answer")
         for encoded in call:
             reply = kv_pb2.PushReply.FromString(encoded)
             if reply.HasField("credit"):
                 self._credit_wait_s = time.monotonic() - self._opened_at_s
-                self._credit.set()
+                self.credit.set()
             else:
                 result = reply.result
         peer.measured(self._bytes, self._busy_s)
@@ -253,7 +253,7 @@ class Transfer:
         opening = self._frames.get()
         assert opening is not None
         yield opening.header
-        if not self._credit.wait(self._remaining_s()):
+        if not self.credit.wait(self._remaining_s()):
             return
         while not self.done.is_set():
             try:

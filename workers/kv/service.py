@@ -103,10 +103,10 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
             if not answer.done():
                 answer.set_result(reason)
 
-        # Nearly always there is room, and the answer is there at once.
-        self._inbox.await_credit(
-            transfer_id, lambda reason: loop.call_soon_threadsafe(settle, reason)
-        )
+        def on_credit(reason: str) -> None:
+            loop.call_soon_threadsafe(settle, reason)
+
+        self._inbox.await_credit(transfer_id, on_credit)
         try:
             async with asyncio.timeout(self._credit_deadline_s):
                 return await answer
