@@ -266,6 +266,12 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                 incarnation=receiver.key.incarnation,
             )
         )
+        placement = self.scheduler.lives[action.request_id].placement
+        if placement is not None and placement.decode_cached_tokens:
+            # First, so that it is known there when the sender asks.
+            hold = worker_pb2.HoldPrefix(transfer_id=action.transfer_id, request=add.request)
+            self._send(receiver.key, worker_pb2.ToEngine(hold=hold))
+            add.send.expects_held = True
         self.tally.handoff_started()
         self._send(action.worker, worker_pb2.ToEngine(add=add))
 

@@ -50,6 +50,11 @@ class RouterMetrics:
         self.handoff_tokens = Counter(
             "baton_handoff_tokens", "Tokens whose KV was adopted.", registry=registry
         )
+        self.handoff_held_tokens = Counter(
+            "baton_handoff_held_tokens",
+            "Tokens that were not sent, as the decode worker's prefix cache had them.",
+            registry=registry,
+        )
         self.exposed_seconds = Histogram(
             "baton_handoff_exposed_seconds",
             "From the decode leg's arrival to its KV being whole: what computing did not hide.",

@@ -50,6 +50,7 @@ class Tally:
             self.metrics.handoffs_completed.inc()
             self.metrics.handoff_bytes.inc(adopted.bytes)
             self.metrics.handoff_tokens.inc(adopted.tokens)
+            self.metrics.handoff_held_tokens.inc(adopted.held_tokens)
             self.metrics.exposed_seconds.observe(adopted.exposed_s)
             self.metrics.wire_seconds.observe(adopted.wire_s)
         else:

@@ -34,6 +34,7 @@ from workers.kv.endpoint import KvEndpoint
 from workers.kv.frames import digest_tokens
 from workers.kv.inbox import Settled
 from workers.kv_events import KvEventCollector
+from workers.vllm_held import HeldPrefixes
 from workers.vllm_resume import RESUME, RESUME_VOCAB
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,9 @@ IDLE_STEP_S = 0.001
 """Pause after a step that ran nothing although requests are there."""
 
 SWEEP_EVERY_S = 1.0
+
+HELD_S = 60.0
+"""How long a prompt's beginning is kept for a transfer that nobody comes for."""
 
 
 class EngineListener(Protocol):
@@ -107,6 +111,7 @@ class EngineHost:
         self._error: BaseException | None = None
         self._core: EngineCore | None = None
         self._kv_events: KvEventCollector | None = None
+        self._held: HeldPrefixes | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- called from any thread -------------------------------------------------------------
@@ -127,6 +132,11 @@ class EngineHost:
         assert self._core is not None, "the engine is not started"
         return self._core
 
+    @property
+    def held(self) -> HeldPrefixes:
+        assert self._held is not None, "the engine is not started"
+        return self._held
+
     def add(self, client: int, message: worker_pb2.AddRequest) -> None:
         try:
             request: EngineCoreRequest = self._decoder.decode(list(message.request))
@@ -142,6 +152,11 @@ class EngineHost:
 
     def drop_transfer(self, transfer_id: str) -> None:
         self._endpoint.inbox.drop(transfer_id, "the router gave it up")
+        self._commands.put(lambda: self._release(transfer_id))
+
+    def hold(self, message: worker_pb2.HoldPrefix) -> None:
+        """Keep what the prefix cache has of a prompt whose KV is about to come."""
+        self._commands.put(lambda: self._hold(message))
 
     def call(self, client: int, call_id: int, method: str, args: list[Any]) -> None:
         self._commands.put(lambda: self._call(client, call_id, method, args))
@@ -162,6 +177,7 @@ class EngineHost:
             core = EngineCore(self._config, Executor.get_class(self._config), log_stats=True)
             self._core = core
             self._kv_events = KvEventCollector.install(core)
+            self._held = HeldPrefixes(core)
         except BaseException as error:
             self._error = error
             self._started.set()
@@ -199,6 +215,8 @@ class EngineHost:
         if kv_events:
             self._listener.on_kv_events(kv_events, to=None, told=outputs or ())
         self._endpoint.step_ended()
+        for transfer_id in self._endpoint.take_released():
+            self._release(transfer_id)
         if not executed and core.scheduler.has_requests():
             time.sleep(IDLE_STEP_S)
 
@@ -252,6 +270,7 @@ class EngineHost:
                 waiting.add.receive.transfer_id,
                 f"the KV was not whole {waiting.add.receive.deadline_s:g} s after the decode leg",
             )
+        self.held.expire(now)
         for transfer_id in self._endpoint.inbox.sweep():
             logger.warning("transfer %s was abandoned and is dropped", transfer_id)
 
@@ -270,6 +289,16 @@ class EngineHost:
             lambda settled: self._commands.put(lambda: self._settled(request.request_id, settled)),
         )
 
+    def _hold(self, message: worker_pb2.HoldPrefix) -> None:
+        transfer_id = message.transfer_id
+        request: EngineCoreRequest = self._decoder.decode(list(message.request))
+        tokens = self.held.hold(transfer_id, request, time.monotonic() + HELD_S)
+        if not self._endpoint.inbox.hold(transfer_id, tokens):
+            self._release(transfer_id)
+
+    def _release(self, transfer_id: str) -> None:
+        self.held.release(transfer_id)
+
     def _settled(self, request_id: str, settled: Settled) -> None:
         waiting = self._waiting.pop(request_id, None)
         if waiting is None:
@@ -279,12 +308,17 @@ class EngineHost:
             whole = self._endpoint.inbox.peek(settled.transfer_id)
             if whole is None:
                 reason = "the transfer was dropped"
-            elif whole[1] != digest_tokens((waiting.request.prompt_token_ids or [])[: whole[0]]):
+            elif whole.prompt_digest != digest_tokens(
+                (waiting.request.prompt_token_ids or [])[: whole.tokens]
+            ):
                 reason = "the KV is of another prompt"
+            elif whole.held_tokens and not self.held.holds(settled.transfer_id):
+                reason = "what the prefix cache had of the prompt was given away meanwhile"
         adopt = "" if reason else settled.transfer_id
         if reason:
             logger.warning("request %s is recomputed: %s", request_id, reason)
             self._endpoint.inbox.drop(settled.transfer_id, reason)
+            self._release(settled.transfer_id)
         self._listener.on_adopted(
             waiting.client,
             worker_pb2.Adopted(
@@ -293,6 +327,7 @@ class EngineHost:
                 reason=reason,
                 bytes=settled.bytes if adopt else 0,
                 tokens=settled.tokens if adopt else 0,
+                held_tokens=settled.held_tokens if adopt else 0,
                 exposed_s=time.monotonic() - waiting.since_s,
                 credit_wait_s=settled.credit_wait_s,
                 first_layer_s=settled.first_layer_s,
@@ -362,8 +397,13 @@ class EngineHost:
             waiting = self._waiting.pop(request_id, None)
             if waiting is not None:
                 self._endpoint.inbox.drop(waiting.add.receive.transfer_id, "the request is aborted")
+                self._release(waiting.add.receive.transfer_id)
         aborted = set(request_ids)
-        self._compiling = [c for c in self._compiling if c.request.request_id not in aborted]
+        for compiling in [c for c in self._compiling if c.request.request_id in aborted]:
+            self._compiling.remove(compiling)
+            if adopt := (compiling.request.kv_transfer_params or {}).get(RECEIVE):
+                self._endpoint.inbox.drop(adopt, "the request is aborted")
+                self._release(adopt)
         self.core.abort_requests(request_ids)
 
     def _finish(self, client: int, request_id: str, reason: FinishReason) -> None:

@@ -132,6 +132,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     link.request_ids.difference_update(message.abort.request_ids)
                 elif kind == "drop":
                     self.engine.drop_transfer(message.drop.transfer_id)
+                elif kind == "hold":
+                    self.engine.hold(message.hold)
                 elif kind == "tell_kv":
                     self.engine.tell_kv(link.client)
                 elif kind == "utility":

@@ -58,18 +58,20 @@ class FrameHeader(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., open: _Optional[_Union[OpenTransfer, _Mapping]] = ..., kv: _Optional[_Union[KvFrame, _Mapping]] = ..., abort: _Optional[_Union[AbortTransfer, _Mapping]] = ...) -> None: ...
 
 class OpenTransfer(_message.Message):
-    __slots__ = ("tokens", "prompt_digest", "from_worker_id", "from_incarnation", "to_incarnation")
+    __slots__ = ("tokens", "prompt_digest", "from_worker_id", "from_incarnation", "to_incarnation", "expects_held")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FROM_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     FROM_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TO_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTS_HELD_FIELD_NUMBER: _ClassVar[int]
     tokens: int
     prompt_digest: bytes
     from_worker_id: str
     from_incarnation: str
     to_incarnation: str
-    def __init__(self, tokens: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ..., from_worker_id: _Optional[str] = ..., from_incarnation: _Optional[str] = ..., to_incarnation: _Optional[str] = ...) -> None: ...
+    expects_held: bool
+    def __init__(self, tokens: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ..., from_worker_id: _Optional[str] = ..., from_incarnation: _Optional[str] = ..., to_incarnation: _Optional[str] = ..., expects_held: _Optional[bool] = ...) -> None: ...
 
 class AbortTransfer(_message.Message):
     __slots__ = ("reason",)
@@ -106,8 +108,10 @@ class PushReply(_message.Message):
     def __init__(self, credit: _Optional[_Union[Credit, _Mapping]] = ..., result: _Optional[_Union[TransferResult, _Mapping]] = ...) -> None: ...
 
 class Credit(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("held_tokens",)
+    HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    held_tokens: int
+    def __init__(self, held_tokens: _Optional[int] = ...) -> None: ...
 
 class TransferResult(_message.Message):
     __slots__ = ("delivered", "reason")

@@ -95,20 +95,22 @@ class Fingerprint(_message.Message):
     def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., weights: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., vllm_version: _Optional[str] = ..., baton_version: _Optional[str] = ...) -> None: ...
 
 class ToEngine(_message.Message):
-    __slots__ = ("number", "add", "abort", "utility", "drop", "tell_kv")
+    __slots__ = ("number", "add", "abort", "utility", "drop", "tell_kv", "hold")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     ADD_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     UTILITY_FIELD_NUMBER: _ClassVar[int]
     DROP_FIELD_NUMBER: _ClassVar[int]
     TELL_KV_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
     number: int
     add: AddRequest
     abort: AbortRequests
     utility: UtilityCall
     drop: DropTransfer
     tell_kv: TellKv
-    def __init__(self, number: _Optional[int] = ..., add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ..., tell_kv: _Optional[_Union[TellKv, _Mapping]] = ...) -> None: ...
+    hold: HoldPrefix
+    def __init__(self, number: _Optional[int] = ..., add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ..., tell_kv: _Optional[_Union[TellKv, _Mapping]] = ..., hold: _Optional[_Union[HoldPrefix, _Mapping]] = ...) -> None: ...
 
 class AddRequest(_message.Message):
     __slots__ = ("leg_id", "request", "send", "receive", "resume_token_ids")
@@ -125,16 +127,18 @@ class AddRequest(_message.Message):
     def __init__(self, leg_id: _Optional[str] = ..., request: _Optional[_Iterable[bytes]] = ..., send: _Optional[_Union[SendKv, _Mapping]] = ..., receive: _Optional[_Union[ReceiveKv, _Mapping]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SendKv(_message.Message):
-    __slots__ = ("transfer_id", "address", "worker_id", "incarnation")
+    __slots__ = ("transfer_id", "address", "worker_id", "incarnation", "expects_held")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTS_HELD_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     address: str
     worker_id: str
     incarnation: str
-    def __init__(self, transfer_id: _Optional[str] = ..., address: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ...) -> None: ...
+    expects_held: bool
+    def __init__(self, transfer_id: _Optional[str] = ..., address: _Optional[str] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., expects_held: _Optional[bool] = ...) -> None: ...
 
 class ReceiveKv(_message.Message):
     __slots__ = ("transfer_id", "worker_id", "incarnation", "deadline_s")
@@ -163,6 +167,14 @@ class DropTransfer(_message.Message):
 class TellKv(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class HoldPrefix(_message.Message):
+    __slots__ = ("transfer_id", "request")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    request: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, transfer_id: _Optional[str] = ..., request: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class UtilityCall(_message.Message):
     __slots__ = ("call_id", "method", "args")
@@ -223,13 +235,14 @@ class UtilityReply(_message.Message):
     def __init__(self, call_id: _Optional[int] = ..., result: _Optional[bytes] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Adopted(_message.Message):
-    __slots__ = ("request_id", "handed_over", "reason", "bytes", "tokens", "exposed_s", "credit_wait_s", "first_layer_s", "wire_s")
+    __slots__ = ("request_id", "handed_over", "reason", "bytes", "tokens", "exposed_s", "held_tokens", "credit_wait_s", "first_layer_s", "wire_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
+    HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CREDIT_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_S_FIELD_NUMBER: _ClassVar[int]
     WIRE_S_FIELD_NUMBER: _ClassVar[int]
@@ -239,10 +252,11 @@ class Adopted(_message.Message):
     bytes: int
     tokens: int
     exposed_s: float
+    held_tokens: int
     credit_wait_s: float
     first_layer_s: float
     wire_s: float
-    def __init__(self, request_id: _Optional[str] = ..., handed_over: _Optional[bool] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., credit_wait_s: _Optional[float] = ..., first_layer_s: _Optional[float] = ..., wire_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., handed_over: _Optional[bool] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., held_tokens: _Optional[int] = ..., credit_wait_s: _Optional[float] = ..., first_layer_s: _Optional[float] = ..., wire_s: _Optional[float] = ...) -> None: ...
 
 class EngineFailed(_message.Message):
     __slots__ = ("message",)

@@ -17,9 +17,12 @@ from cluster.wire import worker_pb2
 from router.cluster_core import ClusterCore, ConnectedWorker
 from router.link import WorkerLink
 from router.metrics import RouterMetrics
-from tests.processes import Cluster
+from tests.integration.test_equal_to_plain_vllm import ask as ask_any
+from tests.integration.test_equal_to_plain_vllm import prompt_of
+from tests.processes import Cluster, metrics
 
 WORDS = " ".join(f"k{i % 7} v{i % 11}" for i in range(60))
+BLOCK_TOKENS_MAX = 128
 KEY = WorkerKey("decode-1", "i1")
 
 
@@ -50,6 +53,35 @@ def test_a_prompt_that_the_decode_worker_holds_is_not_handed_over_again(
         assert again == first
     # Another prompt is an ordinary one.
     assert ask(cluster, f"other {policy} {WORDS}", policy)[1].startswith("prefill-0 -> decode-1;")
+
+
+def test_a_conversations_next_turn_sends_only_what_is_new(cluster: Cluster, plain: str) -> None:
+    """Both turns as plain vLLM answers them; of the second, the decode worker has the first."""
+    question, follow_up = prompt_of(200, 70_001), prompt_of(120, 70_002)
+    body = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+    def turn(url: str, prompt: list[int]) -> list[int]:
+        status, answer = ask_any(url, "/v1/completions", {**body, "prompt": prompt})
+        assert status == 200, answer
+        return list(answer["choices"][0]["token_ids"])
+
+    answer = turn(cluster.url, question)
+    assert answer == turn(plain, question)
+    history = question + answer
+    expected = turn(plain, history + follow_up)
+    # What the first turn stored is told with its last outputs, or just after them.
+    time.sleep(1)
+    before = metrics(cluster.url)
+    assert turn(cluster.url, history + follow_up) == expected
+    after = metrics(cluster.url)
+
+    def grew(name: str) -> float:
+        return after[name] - before[name]
+
+    assert grew("baton_handoffs_completed_total") == 1
+    held, sent = grew("baton_handoff_held_tokens_total"), grew("baton_handoff_tokens_total")
+    assert held + sent == len(history + follow_up)
+    assert len(history) - BLOCK_TOKENS_MAX < held <= len(history)
 
 
 class FakeLink:

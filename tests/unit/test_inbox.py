@@ -49,6 +49,7 @@ def open_frame(
     tokens: int = TOKENS,
     sender: tuple[str, str] = SENDER,
     to_incarnation: str = HERE,
+    expects_held: bool = False,
 ) -> Frame:
     opened = kv_pb2.OpenTransfer(
         tokens=tokens,
@@ -56,6 +57,7 @@ def open_frame(
         from_worker_id=sender[0],
         from_incarnation=sender[1],
         to_incarnation=to_incarnation,
+        expects_held=expects_held,
     )
     return Frame(kv_pb2.FrameHeader(transfer_id=transfer_id, open=opened), memoryview(b""))
 
@@ -151,7 +153,7 @@ def test_two_frames_a_layer_become_a_whole_transfer_taken_once() -> None:
     assert inbox.receive(last) == (TransferState.WHOLE, "")
 
     assert noticed == [Settled("t", True, "", WHOLE_BYTES, TOKENS, wire_s=2.5)]
-    assert inbox.peek("t") == (TOKENS, b"digest")
+    assert inbox.peek("t") == (TOKENS, b"digest", 0)
     assert inbox.bytes_held == WHOLE_BYTES
     taken = inbox.take("t")
     assert taken is not None
@@ -645,7 +647,7 @@ class InboxMachine(RuleBasedStateMachine):
         """The claim of a transfer that is settled must have been answered, and truly."""
         expected = self.model.get(transfer_id)
         state = expected.state if expected else TransferState.FAILED
-        if state is not TransferState.ARRIVING:
+        if state not in (TransferState.ARRIVING, TransferState.WAITING):
             noticed = self.unanswered.pop(transfer_id, None)
             if noticed is not None:
                 assert [s.whole for s in noticed] == [state is TransferState.WHOLE]
@@ -921,3 +923,81 @@ def test_senders_claims_and_drops_may_come_from_many_threads() -> None:
     for transfer_id in transfers:
         assert (inbox.take(transfer_id) is not None) == (transfer_id in whole)
     assert (inbox.bytes_held, inbox.transfers_held) == (0, 0)
+
+
+# --- what the prefix cache has ----------------------------------------------------------------
+
+HELD_TOKENS = 4
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before it opens", "after"])
+def test_held_tokens_need_not_come_and_take_no_room(early: bool) -> None:
+    inbox = make_inbox()
+    given: list[str] = []
+    if early:
+        assert inbox.hold("t", HELD_TOKENS)
+    inbox.receive(open_frame(expects_held=True))
+    inbox.await_credit("t", given.append)
+    if not early:
+        assert not given and inbox.transfers_waiting == 1
+        assert inbox.hold("t", HELD_TOKENS)
+    assert given == [""]
+    assert inbox.held("t") == HELD_TOKENS
+    rest_bytes = (TOKENS - HELD_TOKENS) * GEOMETRY.bytes_per_token
+    assert inbox.bytes_held == rest_bytes
+    settled: list[Settled] = []
+    inbox.expect("t", SENDER, settled.append)
+    for layer in range(GEOMETRY.layers):
+        assert not settled
+        inbox.receive(kv_frame(layer=layer, first_token=HELD_TOKENS, tokens=TOKENS - HELD_TOKENS))
+    assert [(s.whole, s.tokens, s.held_tokens) for s in settled] == [
+        (True, TOKENS - HELD_TOKENS, HELD_TOKENS)
+    ]
+    assert settled[0].bytes == inbox.bytes_held == rest_bytes
+    assert inbox.peek("t") == (TOKENS, b"digest", HELD_TOKENS)
+    assert inbox.take("t") is not None
+    assert inbox.bytes_held == 0
+
+
+def test_a_frame_may_begin_in_what_is_held_but_not_end_there() -> None:
+    inbox = make_inbox()
+    inbox.hold("t", HELD_TOKENS)
+    inbox.receive(open_frame(expects_held=True))
+    first = HELD_TOKENS - 1
+    for layer in range(GEOMETRY.layers):
+        state, _ = inbox.receive(kv_frame(layer=layer, first_token=first, tokens=TOKENS - first))
+    assert state is TransferState.WHOLE
+    assert inbox.bytes_held == (TOKENS - first) * GEOMETRY.bytes_per_token
+    inbox.take("t")
+    assert inbox.bytes_held == 0
+
+    inbox.hold("u", HELD_TOKENS)
+    inbox.receive(open_frame("u", expects_held=True))
+    state, reason = inbox.receive(kv_frame("u", tokens=HELD_TOKENS))
+    assert (state, reason) == (TransferState.FAILED, "tokens 0 to 4 are held here")
+
+
+def test_what_is_held_is_said_once_and_in_time() -> None:
+    inbox = make_inbox()
+    assert inbox.hold("t", 2)
+    assert not inbox.hold("t", 4)
+    inbox.receive(open_frame(expects_held=True))
+    assert inbox.held("t") == 2
+    # With credit for all of it, all of it comes.
+    inbox.receive(open_frame("u"))
+    assert not inbox.hold("u", 2)
+    # No less than one token comes.
+    inbox.receive(open_frame("v", expects_held=True))
+    assert not inbox.hold("v", TOKENS)
+    assert inbox.hold("v", 0)
+    inbox.drop("w", "the router gave it up")
+    assert not inbox.hold("w", 2)
+
+
+def test_who_waits_for_what_is_held_is_in_nobodys_way() -> None:
+    inbox = make_inbox(max_bytes=WHOLE_BYTES)
+    inbox.receive(open_frame("slow", expects_held=True))
+    inbox.receive(open_frame("quick"))
+    given: list[str] = []
+    inbox.await_credit("quick", given.append)
+    assert given == [""]

@@ -276,7 +276,7 @@ def test_a_transfer_is_delivered_whole(receiver: Receiver, make_outbox: MakeOutb
     push_all(outbox.open(receiver))
     assert outbox.result() == Sent("t", True, "", GEOMETRY.layers * LAYER_BYTES, ANY_S)
     assert claim.get(timeout=SOON_S).whole
-    assert receiver.inbox.peek("t") == (TOKENS, b"digest")
+    assert receiver.inbox.peek("t") == (TOKENS, b"digest", 0)
     taken = receiver.inbox.take("t")
     assert taken is not None
     for layer in range(GEOMETRY.layers):

@@ -26,6 +26,7 @@ from workers import vllm_resume
 from workers.kv.codecs import CODABLE, group_codec
 from workers.kv.endpoint import ENDPOINT_KEY, published
 from workers.kv.frames import checksum, digest_tokens
+from workers.kv.inbox import Whole
 from workers.kv.layout import PagedLayer, paged_layer
 from workers.kv.sender import FRAME_BYTES_MAX
 
@@ -117,17 +118,22 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        return max(0, self._adoptable_tokens(request) - num_computed_tokens), False
+        return max(0, self._adoptable_tokens(request, num_computed_tokens)), False
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
+        transfer_id = (request.kv_transfer_params or {}).get(RECEIVE)
+        if transfer_id is None:
+            return
+        # Its blocks are the request's own from here on.
+        self._endpoint.release_held(transfer_id)
         if num_external_tokens > 0:
             self._loads.append(
                 Load(
-                    transfer_id=request.kv_transfer_params[RECEIVE],
+                    transfer_id=transfer_id,
                     block_ids=list(blocks.get_block_ids()[0]),
-                    first_token=self._adoptable_tokens(request) - num_external_tokens,
+                    first_token=self._end_of_adoptable(request) - num_external_tokens,
                     tokens=num_external_tokens,
                 )
             )
@@ -156,16 +162,25 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         transfer_id = (request.kv_transfer_params or {}).get(RECEIVE)
         if transfer_id is not None:
             self._endpoint.inbox.drop(transfer_id, "the request has ended")
+            self._endpoint.release_held(transfer_id)
         # Whatever is on its way was copied when it was pushed: the blocks are free at once.
         return False, None
 
-    def _adoptable_tokens(self, request: Request) -> int:
-        """Prompt tokens whose KV is in the inbox. The last token is always computed."""
-        transfer_id = (request.kv_transfer_params or {}).get(RECEIVE)
-        if transfer_id is None:
+    def _adoptable_tokens(self, request: Request, cached_tokens: int) -> int:
+        """Tokens to adopt behind those that the prefix cache has."""
+        whole = self._whole(request)
+        if whole is None or cached_tokens < whole.held_tokens:
             return 0
-        whole = self._endpoint.inbox.peek(transfer_id)
-        return min(whole[0], int(request.num_tokens) - 1) if whole else 0
+        return self._end_of_adoptable(request) - cached_tokens
+
+    def _end_of_adoptable(self, request: Request) -> int:
+        """The last token is always computed."""
+        whole = self._whole(request)
+        return min(whole.tokens, int(request.num_tokens) - 1) if whole else 0
+
+    def _whole(self, request: Request) -> Whole | None:
+        transfer_id = (request.kv_transfer_params or {}).get(RECEIVE)
+        return None if transfer_id is None else self._endpoint.inbox.peek(transfer_id)
 
     def _next_save(self, request_id: str, computed_tokens: int) -> Save | None:
         """What to push of a prompt of which `computed_tokens` are in the cache after this step.
@@ -262,7 +277,8 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         geometry = self._endpoint.inbox.geometry
         layer = self._layers[layer_index]
         step = max(1, FRAME_BYTES_MAX // geometry.frame_bytes(1, geometry.heads))
-        for first in range(save.first_token, save.end_token, step):
+        begin = max(save.first_token, transfer.held_tokens)
+        for first in range(begin, save.end_token, step):
             tokens = min(step, save.end_token - first)
             payload, key_order = self._encoded(layer, save.block_ids, first, tokens)
             header = kv_pb2.FrameHeader(

@@ -32,6 +32,7 @@ class KvEndpoint:
     """auto: a transfer that is expected to take no longer goes in one go, after its prefill."""
     _sending: dict[str, Transfer | None] = field(default_factory=dict)
     _after_step: list[Callable[[], None]] = field(default_factory=list)
+    _released: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def overlaps(self, send: worker_pb2.SendKv, tokens: int) -> bool:
@@ -62,6 +63,14 @@ class KvEndpoint:
                 transfer = self.sender.open(send, tokens, prompt_digest())
                 self._sending[send.transfer_id] = transfer
             return transfer
+
+    def release_held(self, transfer_id: str) -> None:
+        """The prompt's beginning need not be kept for this transfer any more."""
+        self._released.append(transfer_id)
+
+    def take_released(self) -> list[str]:
+        released, self._released = self._released, []
+        return released
 
     def after_step(self, push: Callable[[], None]) -> None:
         """Do it when the engine's step is over and its outputs are on their way."""

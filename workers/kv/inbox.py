@@ -14,6 +14,7 @@ import enum
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cluster.wire import kv_pb2
 from workers.kv.codecs import GroupCodec, group_codec
@@ -64,12 +65,24 @@ class Settled:
     reason: str
     bytes: int = 0
     tokens: int = 0
+    """That came, beside those that were held here."""
+    held_tokens: int = 0
     credit_wait_s: float = 0.0
     """Until there was room for it."""
     first_layer_s: float = 0.0
     """From then until something came: prefill computes."""
     wire_s: float = 0.0
     """From then until all had come."""
+
+
+class Whole(NamedTuple):
+    """A transfer of which all is here."""
+
+    tokens: int
+    """Of the prompt."""
+    prompt_digest: bytes
+    held_tokens: int
+    """The first ones, which did not come because the prefix cache has them."""
 
 
 @dataclass(slots=True)
@@ -85,6 +98,8 @@ class _Transfer:
     last_kv_at_s: float = 0.0
     bytes: int = 0
     """What it takes of the budget: the payloads that came, and the rest as if it came uncoded."""
+    held_tokens: int | None = None
+    """None: the engine has not said yet."""
     missing_head_tokens: int = 0
     """Layer x head x token cells still to come."""
     frames: dict[int, list[Frame]] = field(default_factory=dict)
@@ -96,12 +111,14 @@ class _Transfer:
         if self.state is not TransferState.WHOLE:
             return Settled(self.transfer_id, False, self.reason)
         assert self.open is not None and self.first_kv_at_s is not None
+        held = self.held_tokens or 0
         return Settled(
             transfer_id=self.transfer_id,
             whole=True,
             reason="",
             bytes=self.bytes,
-            tokens=self.open.tokens,
+            tokens=self.open.tokens - held,
+            held_tokens=held,
             credit_wait_s=self.credit_at_s - self.opened_at_s,
             first_layer_s=self.first_kv_at_s - self.credit_at_s,
             wire_s=self.last_kv_at_s - self.first_kv_at_s,
@@ -199,14 +216,39 @@ class Inbox:
                 refused = "another decode leg has claimed the transfer"
             self._calls.append(lambda: on_settled(Settled(transfer_id, False, refused)))
 
-    def peek(self, transfer_id: str) -> tuple[int, bytes] | None:
-        """Tokens and prompt digest of a whole transfer."""
+    def hold(self, transfer_id: str, tokens: int) -> bool:
+        """The prompt's first `tokens` are in the prefix cache, and need not come. False if that is
+        of no use any more."""
+        with self._changing():
+            if transfer_id in self._over:
+                return False
+            transfer = self._get(transfer_id)
+            early = transfer.open is None and transfer.state is TransferState.ARRIVING
+            if transfer.held_tokens is not None or not (
+                early or transfer.state is TransferState.WAITING
+            ):
+                return False
+            if transfer.open is not None and tokens >= transfer.open.tokens:
+                return False
+            transfer.held_tokens = tokens
+            self._give_credit()
+            return True
+
+    def held(self, transfer_id: str) -> int:
+        """Tokens that need not come."""
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+            return (transfer.held_tokens or 0) if transfer else 0
+
+    def peek(self, transfer_id: str) -> Whole | None:
+        """None if not all is here."""
         with self._lock:
             transfer = self._transfers.get(transfer_id)
             if transfer is None or transfer.state is not TransferState.WHOLE:
                 return None
             assert transfer.open is not None
-            return transfer.open.tokens, transfer.open.prompt_digest
+            opened = transfer.open
+            return Whole(opened.tokens, opened.prompt_digest, transfer.held_tokens or 0)
 
     def take(self, transfer_id: str) -> dict[int, list[Frame]] | None:
         """The frames of a whole transfer by layer; the inbox holds nothing of it afterwards."""
@@ -306,9 +348,12 @@ class Inbox:
         expected = transfer.expected_sender
         if expected is not None and self._sender(opened) != expected:
             return self._foreign_sender(opened, expected)
-        whole_bytes = self._whole_bytes(opened)
-        if whole_bytes == 0:
+        held_tokens = transfer.held_tokens or 0
+        if opened.tokens == 0:
             return "a transfer of no tokens"
+        if opened.tokens <= held_tokens:
+            return f"a transfer of {opened.tokens} tokens, of which {held_tokens} are held here"
+        whole_bytes = (opened.tokens - held_tokens) * self.geometry.bytes_per_token
         if whole_bytes > self.max_bytes:
             return f"the inbox is too small: {whole_bytes} bytes asked, it holds {self.max_bytes}"
         if len(self._waiting) >= WAITING_MAX:
@@ -316,7 +361,6 @@ class Inbox:
         transfer.open = opened
         transfer.opened_at_s = now
         transfer.state = TransferState.WAITING
-        transfer.missing_head_tokens = opened.tokens * self.geometry.heads * self.geometry.layers
         self._waiting[transfer.transfer_id] = transfer
         return ""
 
@@ -324,18 +368,20 @@ class Inbox:
         """To those that wait for room, in the order in which they came."""
         for transfer in list(self._waiting.values()):
             assert transfer.open is not None
-            whole_bytes = self._whole_bytes(transfer.open)
+            if transfer.open.expects_held and transfer.held_tokens is None:
+                # In no one's way: the engine says it at its next step.
+                continue
+            tokens = transfer.open.tokens - (transfer.held_tokens or 0)
+            whole_bytes = tokens * self.geometry.bytes_per_token
             if self._bytes + whole_bytes > self.max_bytes:
                 return
             del self._waiting[transfer.transfer_id]
             self._bytes += whole_bytes
             transfer.bytes = whole_bytes
+            transfer.missing_head_tokens = tokens * self.geometry.heads * self.geometry.layers
             transfer.state = TransferState.ARRIVING
             transfer.changed_at_s = transfer.credit_at_s = self._clock()
             self._notice(transfer)
-
-    def _whole_bytes(self, opened: kv_pb2.OpenTransfer) -> int:
-        return opened.tokens * self.geometry.bytes_per_token
 
     def _take_kv(self, transfer: _Transfer, frame: Frame, now: float) -> str:
         assert transfer.open is not None
@@ -353,6 +399,9 @@ class Inbox:
                 f"tokens {kv.first_token} to {kv.first_token + kv.tokens} "
                 f"of a prompt of {transfer.open.tokens}"
             )
+        held_tokens = min(max(0, (transfer.held_tokens or 0) - kv.first_token), kv.tokens)
+        if held_tokens == kv.tokens:
+            return f"tokens {kv.first_token} to {kv.first_token + kv.tokens} are held here"
         last_head = geometry.first_head + geometry.heads
         if (
             kv.heads == 0
@@ -366,9 +415,10 @@ class Inbox:
         payload_bytes = geometry.frame_bytes(kv.tokens, kv.heads, codec)
         if len(frame.payload) != payload_bytes:
             return f"a payload of {len(frame.payload)} bytes where {payload_bytes} belong"
-        spared_bytes = geometry.frame_bytes(kv.tokens, kv.heads) - payload_bytes
-        if spared_bytes < 0:
+        if payload_bytes > geometry.frame_bytes(kv.tokens, kv.heads):
             return f"codec {kv.codec} makes KV of this shape larger"
+        # Room was set aside for what is not held; the frame may begin before that.
+        spared_bytes = geometry.frame_bytes(kv.tokens - held_tokens, kv.heads) - payload_bytes
         if codec is not None and kv.key_order != kv_pb2.KEY_ORDER_TOKENS_CHANNELS:
             return f"codec {kv.codec} with key order {kv.key_order}"
         present = transfer.frames.setdefault(kv.layer, [])
@@ -380,7 +430,7 @@ class Inbox:
         transfer.last_kv_at_s = now
         transfer.bytes -= spared_bytes
         self._bytes -= spared_bytes
-        transfer.missing_head_tokens -= kv.tokens * kv.heads
+        transfer.missing_head_tokens -= (kv.tokens - held_tokens) * kv.heads
         if transfer.missing_head_tokens == 0:
             transfer.state = TransferState.WHOLE
         return ""

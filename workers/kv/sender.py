@@ -95,6 +95,8 @@ class _Staged:
     payload: bytes | memoryview = b""
     size_bytes: int = 0
     """What it takes of the sender's bound."""
+    end_token: int | None = None
+    """Of the prompt, behind the last one whose KV it has."""
 
 
 class Transfer:
@@ -115,6 +117,8 @@ class Transfer:
         self._engine_waited_s = 0.0
         self._busy_s = 0.0
         self._credit_wait_s = 0.0
+        self.held_tokens = 0
+        """The prompt's first tokens, which the receiver has. Known when it gives credit."""
         self.credit = threading.Event()
         """Also set when there is none to be waited for any more."""
         self._call: grpc.Call | None = None
@@ -155,7 +159,8 @@ class Transfer:
                 self._moved_at_s = now
             self._staged += size_bytes
             self._bytes += len(payload)
-        self._frames.put(_Staged(encoded, payload, size_bytes))
+        end_token = header.kv.first_token + header.kv.tokens
+        self._frames.put(_Staged(encoded, payload, size_bytes, end_token))
 
     def finish(self) -> None:
         """All frames are pushed."""
@@ -230,6 +235,7 @@ class Transfer:
             reply = kv_pb2.PushReply.FromString(encoded)
             if reply.HasField("credit"):
                 self._credit_wait_s = time.monotonic() - self._opened_at_s
+                self.held_tokens = reply.credit.held_tokens
                 self.credit.set()
             else:
                 result = reply.result
@@ -263,6 +269,14 @@ class Transfer:
             parts: list[bytes | memoryview] = []
             size_bytes = 0
             while frame is not None:
+                if frame.end_token is not None and frame.end_token <= self.held_tokens:
+                    # Staged before that was known.
+                    self._unstage(frame.size_bytes)
+                    self._bytes -= len(frame.payload)
+                    if self._frames.empty():
+                        break
+                    frame = self._frames.get()
+                    continue
                 parts += (frame.header, frame.payload, padding(len(frame.payload)))
                 size_bytes += frame.size_bytes
                 if size_bytes >= MESSAGE_BYTES_MIN or self._frames.empty():
@@ -276,13 +290,16 @@ class Transfer:
                 # gRPC asks for the next message when it has taken this one over.
                 now = time.monotonic()
                 self._busy_s += now - started_s
-                with self._lock:
-                    self._moved_at_s = now
-                    size_bytes = min(size_bytes, self._staged)
-                    self._staged -= size_bytes
-                self._sender.unstage(size_bytes)
+                self._moved_at_s = now
+                self._unstage(size_bytes)
             if frame is None:
                 return
+
+    def _unstage(self, size_bytes: int) -> None:
+        with self._lock:
+            size_bytes = min(size_bytes, self._staged)
+            self._staged -= size_bytes
+        self._sender.unstage(size_bytes)
 
 
 class Sender:
@@ -327,6 +344,7 @@ class Sender:
                 from_worker_id=self._identity.worker_id,
                 from_incarnation=self._identity.incarnation,
                 to_incarnation=send.incarnation,
+                expects_held=send.expects_held,
             )
         )
         return transfer

@@ -13,6 +13,8 @@ from workers.kv.frames import BadFrame, decode_frames
 from workers.kv.inbox import Inbox, TransferState
 from workers.kv.sender import TRANSFER_KEY
 
+HELD_WAIT_S = 0.5
+"""For the engine to say what of a prompt it holds; without a word all of it is sent."""
 _ENDED_EARLY = "the sender's stream ended before the KV was whole"
 
 
@@ -80,9 +82,11 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
                         )
                     state, reason = self._inbox.receive(frame)
                     if frame.header.WhichOneof("kind") == "open":
-                        reason = reason or await self._credit(transfer_id)
+                        reason = reason or await self._credit(
+                            transfer_id, frame.header.open.expects_held
+                        )
                         if not reason:
-                            yield _CREDIT
+                            yield _credit(self._inbox.held(transfer_id))
                     if reason:
                         yield _result(reason)
                         return
@@ -94,9 +98,11 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
             # Also when the sender's process or connection is gone.
             self._inbox.fail(transfer_id, _ENDED_EARLY)
 
-    async def _credit(self, transfer_id: str) -> str:
+    async def _credit(self, transfer_id: str, expects_held: bool) -> str:
         """Wait for it. Returns why there is none."""
         loop = asyncio.get_running_loop()
+        if expects_held:
+            loop.call_later(HELD_WAIT_S, self._inbox.hold, transfer_id, 0)
         answer: asyncio.Future[str] = loop.create_future()
 
         def settle(reason: str) -> None:
@@ -129,4 +135,6 @@ def _result(reason: str) -> bytes:
     return kv_pb2.PushReply(result=result).SerializeToString()
 
 
-_CREDIT = kv_pb2.PushReply(credit=kv_pb2.Credit()).SerializeToString()
+def _credit(held_tokens: int) -> bytes:
+    credit = kv_pb2.Credit(held_tokens=held_tokens)
+    return kv_pb2.PushReply(credit=credit).SerializeToString()
