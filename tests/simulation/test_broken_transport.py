@@ -111,9 +111,10 @@ def goes_on_after_the_stream(patch: Patch) -> None:
 def adopts_in_part(patch: Patch) -> None:
     take_kv = Inbox._take_kv
 
-    def broken(self: Inbox, transfer: Any, frame: Any) -> str:
-        reason = take_kv(self, transfer, frame)
-        transfer.state = TransferState.WHOLE
+    def broken(self: Inbox, transfer: Any, frame: Any, now: float) -> str:
+        reason = take_kv(self, transfer, frame, now)
+        if not reason:
+            transfer.state = TransferState.WHOLE
         return reason
 
     patch.setattr(Inbox, "_take_kv", broken)
