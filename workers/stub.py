@@ -62,6 +62,9 @@ class StubHost:
     def tell_kv(self, client: int) -> None:
         """It has no prefix cache."""
 
+    def hold(self, message: worker_pb2.HoldPrefix) -> None:
+        """It has no prefix cache, as its description says."""
+
     def abort(self, request_ids: list[str]) -> None:
         self._engine.abort(request_ids)
 
