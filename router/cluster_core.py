@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.membership import WorkerRecord, WorkerState
+from cluster.scheduler.adapters import Adapters
 from cluster.scheduler.life import (
     Action,
     CancelLeg,
@@ -121,6 +123,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         self._calls = 0
         self._worker_up = asyncio.Event()
         self._loras: dict[int, LoRARequest] = {}
+        """As workers know them, by the front end's numbers."""
         cache = vllm_config.cache_config
         self._hasher = (
             BlockHasher(cache.prefix_caching_hash_algo) if cache.enable_prefix_caching else None
@@ -129,6 +132,8 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
     # --- requests, called by vLLM's front end -----------------------------------------------------
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
+        if request.lora_request is not None:
+            request.lora_request = with_lasting_id(request.lora_request)
         self._requests[request.request_id] = request
         placing = PLACING.get()
         if placing is not None:
@@ -176,8 +181,6 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         self.workers[key] = worker
         link.start()
         self._apply_limits(description)
-        for lora in self._loras.values():
-            self._call(worker, "add_lora", [msgspec.to_builtins(lora)])
         record = newest_record()
         view = WorkerView(
             key=key,
@@ -188,6 +191,7 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             kv_bytes_per_token=description.kv_bytes_per_token,
             inbox_bytes_max=description.inbox_bytes_max,
             block_tokens=self._block_tokens(key, description),
+            adapters=Adapters(description.adapters_max, description.adapters_at_once_max),
             draining=record.state is WorkerState.DRAINING,
         )
         self._carry_out(self.scheduler.on_worker_up(view))
@@ -455,7 +459,12 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         """Raises RuntimeError with the first worker's error."""
         if not self.workers:
             raise EngineDeadError()
-        calls = [self._call(worker, method, list(args)) for worker in self.workers.values()]
+        return await self._call_each(list(self.workers.values()), method, *args)
+
+    async def _call_each(
+        self, workers: list[ConnectedWorker], method: str, *args: Any
+    ) -> list[Any]:
+        calls = [self._call(worker, method, list(args)) for worker in workers]
         return list(await asyncio.wait_for(asyncio.gather(*calls), UTILITY_DEADLINE_S))
 
     def _call(self, worker: ConnectedWorker, method: str, args: list[Any]) -> asyncio.Future[Any]:
@@ -503,20 +512,42 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         await self._call_all("profile", is_start, profile_prefix)
 
     async def add_lora_async(self, lora_request: LoRARequest) -> bool:
-        added = all(await self._call_all("add_lora", msgspec.to_builtins(lora_request)))
+        """Load an adapter on one worker, to see that it can be; others load it with the first
+        request for it that comes to them. One that is to be loaded anew is, wherever it is."""
+        if not self.workers:
+            raise EngineDeadError()
+        lora = with_lasting_id(lora_request)
+        views = self.scheduler.view.workers
+        name = adapter_key(lora)
+        holders = [w for w in self.workers.values() if views[w.key].adapters.holds(name)]
+        if not (lora.load_inplace and holders):
+            holders = [min(self.workers.values(), key=lambda w: views[w.key].decodes)][:1]
+        added = all(await self._call_each(holders, "add_lora", msgspec.to_builtins(lora)))
         if added:
-            self._loras[lora_request.lora_int_id] = lora_request
+            self._loras[lora_request.lora_int_id] = lora
+            for worker in holders:
+                self.scheduler.on_adapter_loaded(worker.key, name)
         return added
 
     async def remove_lora_async(self, lora_id: int) -> bool:
-        self._loras.pop(lora_id, None)
-        return all(await self._call_all("remove_lora", lora_id))
+        lora = self._loras.pop(lora_id, None)
+        if lora is None:
+            return False
+        removed = await self._call_all("remove_lora", lora.lora_int_id)
+        self.scheduler.on_adapter_removed(adapter_key(lora))
+        return any(removed)
 
     async def list_loras_async(self) -> set[int]:
-        return set().union(*await self._call_all("list_loras"))
+        loaded = set().union(*await self._call_all("list_loras"))
+        return {number for number, lora in self._loras.items() if lora.lora_int_id in loaded}
 
     async def pin_lora_async(self, lora_id: int) -> bool:
-        return all(await self._call_all("pin_lora", lora_id))
+        """On the workers that hold it now."""
+        lora = self._loras[lora_id]
+        views = self.scheduler.view.workers
+        name = adapter_key(lora)
+        holders = [w for w in self.workers.values() if views[w.key].adapters.holds(name)]
+        return all(await self._call_each(holders, "pin_lora", lora.lora_int_id))
 
     async def sleep_async(self, level: int = 1, mode: str = "abort") -> None:
         await self._call_all("sleep", level, mode)
@@ -573,10 +604,23 @@ def ask_of(
             and request.prompt_embeds is None
             and not request.mm_features
         ),
+        adapter=adapter_key(request.lora_request) if request.lora_request else "",
         slo=slo,
         tenant=tenant,
         blocks=blocks,
     )
+
+
+def with_lasting_id(lora: LoRARequest) -> LoRARequest:
+    """Front ends number adapters as they come: two routers would mean two by one number, and
+    workers know them by number only."""
+    digest = hashlib.sha256(f"{lora.lora_name}\0{lora.lora_path}".encode()).digest()
+    number = int.from_bytes(digest[:4], "big") >> 1
+    return msgspec.structs.replace(lora, lora_int_id=number + 1)
+
+
+def adapter_key(lora: LoRARequest) -> str:
+    return str(lora.lora_int_id)
 
 
 def _embeds_length(request: EngineCoreRequest) -> int:

@@ -155,7 +155,7 @@ def _describe(
     address: str,
 ) -> worker_pb2.WorkerDescription:
     vllm_config = engine.core.vllm_config
-    cache = vllm_config.cache_config
+    cache, lora = vllm_config.cache_config, vllm_config.lora_config
     probe = engine_probe(cache.prefix_caching_hash_algo) if cache.enable_prefix_caching else 0
     return worker_pb2.WorkerDescription(
         worker_id=settings.worker_id,
@@ -171,6 +171,8 @@ def _describe(
         kv_bytes_per_token=endpoint.inbox.geometry.bytes_per_token,
         inbox_bytes_max=settings.handoff.inbox_bytes,
         block_hash_probe=probe,
+        adapters_max=(lora.max_cpu_loras or lora.max_loras) if lora else 0,
+        adapters_at_once_max=lora.max_loras if lora else 0,
         supported_tasks=list(engine.core.get_supported_tasks()),
     )
 

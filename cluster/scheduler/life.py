@@ -163,6 +163,7 @@ class Life:
             max_tokens=self.tokens_left,
             resumed_tokens=len(self.tokens),
             can_hand_over=self.ask.can_hand_over,
+            adapter=self.ask.adapter,
             slo=self.ask.slo,
             tenant=self.ask.tenant,
             blocks=self.ask.blocks,

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 from cluster.scheduler.handover import HandOverRule
 from cluster.scheduler.prefixes import PromptBlocks
 from cluster.scheduler.slo import NO_PROMISE, SloClass
+from cluster.scheduler.together import keep_together
 from cluster.scheduler.view import ClusterView, Pools, WorkerKey, WorkerView
 
 
@@ -27,6 +28,8 @@ class Ask:
     """Output tokens the client has already, to be computed again with the prompt."""
     can_hand_over: bool = True
     """False for work that has no decode phase, or whose output needs the prompt in one piece."""
+    adapter: str = ""
+    """The LoRA adapter it is for."""
     slo: SloClass = NO_PROMISE
     tenant: str = ""
     """Whose it is, for fairness."""
@@ -98,6 +101,8 @@ class PairPolicy(ABC):
     def place(self, ask: Ask, view: ClusterView) -> Placement | None:
         tokens = ask.tokens_to_compute
         pools = view.pools(tokens)
+        if ask.adapter:
+            pools = keep_together(ask.adapter, tokens, pools)
         decodes = ask.can_hand_over and ask.max_tokens > 1
         if decodes and tokens <= self.rule.local_prompt_tokens:
             local = self.pick_decode(ask, pools, None)

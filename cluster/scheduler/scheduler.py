@@ -33,6 +33,7 @@ class _Charge:
     lends_prefill: bool
     lends_decode: bool
     since_s: float
+    adapter: str
 
 
 @dataclass(slots=True)
@@ -171,6 +172,16 @@ class Scheduler:
             actions.extend(self._move(life))
         return actions
 
+    def on_adapter_loaded(self, key: WorkerKey, name: str) -> None:
+        """Without a request for it."""
+        if worker := self.view.workers.get(key):
+            worker.adapters.use(name)
+            worker.adapters.release(name)
+
+    def on_adapter_removed(self, name: str) -> None:
+        for worker in self.view.workers.values():
+            worker.adapters.drop(name)
+
     def on_load(
         self, key: WorkerKey, running: int, waiting: int, kv_usage: float, inbox_bytes: int = 0
     ) -> None:
@@ -266,7 +277,11 @@ class Scheduler:
             lends_prefill=placement.lends_prefill,
             lends_decode=placement.lends_decode,
             since_s=self._now_s,
+            adapter=ask.adapter,
         )
+        if ask.adapter:
+            prefill.adapters.use(ask.adapter)
+            decode.adapters.use(ask.adapter)
         return actions
 
     def _use_held(self, ask: Ask, placement: Placement) -> Placement:
@@ -330,12 +345,14 @@ class Scheduler:
             worker.decode_tokens -= charge.decode_tokens
             worker.decodes -= 1
             worker.lent -= charge.lends_decode
+            worker.adapters.release(charge.adapter)
 
     def _refund_prefill(self, charge: _Charge) -> None:
         if charge.prefill is not None and (worker := self.view.workers.get(charge.prefill)):
             worker.pending_prompt_tokens -= charge.prompt_tokens
             worker.prefills -= 1
             worker.lent -= charge.lends_prefill
+            worker.adapters.release(charge.adapter)
             if charge.prefill == charge.decode:
                 worker.pending_local_tokens -= charge.prompt_tokens
         charge.prefill = None

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cluster.scheduler.adapters import Adapters
 from cluster.scheduler.rates import Rates
 
 KV_LOAD_MAX = 0.9
@@ -68,6 +69,7 @@ class WorkerView:
     """Tokens in a block of its prefix cache; 0: it tells nothing of what it holds."""
     inbox_bytes_max: int = 0
     """Of KV that may wait there for its decode leg; 0: not known."""
+    adapters: Adapters = field(default_factory=Adapters)
     rates: Rates = field(default_factory=Rates, compare=False)
 
     # The fields of PlacedLoad: what this router placed there, and as far as it knows, others.

@@ -39,7 +39,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "fingerprint", "kv_address", "accelerator", "max_model_len_tokens", "kv_blocks", "block_size_tokens", "max_num_seqs", "max_num_batched_tokens", "kv_bytes_per_token", "supported_tasks", "inbox_bytes_max", "block_hash_probe")
+    __slots__ = ("worker_id", "incarnation", "fingerprint", "kv_address", "accelerator", "max_model_len_tokens", "kv_blocks", "block_size_tokens", "max_num_seqs", "max_num_batched_tokens", "kv_bytes_per_token", "supported_tasks", "inbox_bytes_max", "block_hash_probe", "adapters_max", "adapters_at_once_max")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,8 @@ class WorkerDescription(_message.Message):
     SUPPORTED_TASKS_FIELD_NUMBER: _ClassVar[int]
     INBOX_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASH_PROBE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_MAX_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_AT_ONCE_MAX_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     fingerprint: Fingerprint
@@ -68,7 +70,9 @@ class WorkerDescription(_message.Message):
     supported_tasks: _containers.RepeatedScalarFieldContainer[str]
     inbox_bytes_max: int
     block_hash_probe: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., kv_address: _Optional[str] = ..., accelerator: _Optional[str] = ..., max_model_len_tokens: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., supported_tasks: _Optional[_Iterable[str]] = ..., inbox_bytes_max: _Optional[int] = ..., block_hash_probe: _Optional[int] = ...) -> None: ...
+    adapters_max: int
+    adapters_at_once_max: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., kv_address: _Optional[str] = ..., accelerator: _Optional[str] = ..., max_model_len_tokens: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., block_size_tokens: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., supported_tasks: _Optional[_Iterable[str]] = ..., inbox_bytes_max: _Optional[int] = ..., block_hash_probe: _Optional[int] = ..., adapters_max: _Optional[int] = ..., adapters_at_once_max: _Optional[int] = ...) -> None: ...
 
 class Fingerprint(_message.Message):
     __slots__ = ("model", "revision", "weights", "dtype", "kv_dtype", "layers", "kv_heads", "head_size", "vllm_version", "baton_version")

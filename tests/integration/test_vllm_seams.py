@@ -168,6 +168,16 @@ def test_scheduler_loads_synchronously_before_the_forward_pass() -> None:
     assert "has_sync_kv_loads" in source
 
 
+def test_engine_loads_adapters_with_the_first_request() -> None:
+    """The router loads an adapter on one worker only."""
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    source = inspect.getsource(LRUCacheWorkerLoRAManager._apply_adapters)
+    assert "self.add_adapter(lora)" in source
+    source = inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
+    assert "self._load_adapter(lora_request)" in source
+
+
 # --- the prefix cache's blocks --------------------------------------------------------------------
 
 
