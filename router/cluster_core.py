@@ -55,6 +55,7 @@ from router.link import WorkerLink
 from router.metrics import RouterMetrics
 from router.placing import PLACING, Placing
 from router.tally import Tally
+from router.tracing import trace_handoff
 
 logger = logging.getLogger(__name__)
 
@@ -397,6 +398,9 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
         request_id = life.ask.request_id if life else adopted.request_id
         sender = str(life.placement.prefill) if life and life.placement else ""
         self.tally.handoff_ended(adopted, request_id, sender, str(worker.key))
+        request = self._requests.get(request_id)
+        headers = request.trace_headers if request else None
+        trace_handoff(adopted, headers, sender, str(worker.key), time.time())
         if adopted.handed_over:
             worker.handoffs_in += 1
             worker.handoff_bytes_in += adopted.bytes

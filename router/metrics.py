@@ -61,10 +61,34 @@ class RouterMetrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self.handoff_seconds = Histogram(
+            "baton_handoff_seconds",
+            "From a hand-off's opening to its last layer: the three parts below.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.credit_wait_seconds = Histogram(
+            "baton_handoff_credit_wait_seconds",
+            "From a hand-off's opening until the receiver had room for it.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.first_layer_seconds = Histogram(
+            "baton_handoff_first_layer_seconds",
+            "From then until the first layer came: prefill computes.",
+            buckets=SECONDS,
+            registry=registry,
+        )
         self.wire_seconds = Histogram(
             "baton_handoff_wire_seconds",
-            "From a hand-off's first frame to its last, computing included.",
+            "From a hand-off's first layer to its last, computing included.",
             buckets=SECONDS,
+            registry=registry,
+        )
+        self.handoffs_by_transport = Counter(
+            "baton_handoffs_by_transport",
+            "KV hand-offs adopted, by how they came and instead of which configured transport.",
+            ["transport", "instead_of"],
             registry=registry,
         )
         self.resumed = Counter(

@@ -52,7 +52,12 @@ class Tally:
             self.metrics.handoff_tokens.inc(adopted.tokens)
             self.metrics.handoff_held_tokens.inc(adopted.held_tokens)
             self.metrics.exposed_seconds.observe(adopted.exposed_s)
+            parts_s = (adopted.credit_wait_s, adopted.first_layer_s, adopted.wire_s)
+            self.metrics.handoff_seconds.observe(sum(parts_s))
+            self.metrics.credit_wait_seconds.observe(adopted.credit_wait_s)
+            self.metrics.first_layer_seconds.observe(adopted.first_layer_s)
             self.metrics.wire_seconds.observe(adopted.wire_s)
+            self.metrics.handoffs_by_transport.labels(adopted.transport, adopted.instead_of).inc()
         else:
             self.handoffs_failed += 1
             self.metrics.handoffs_failed.inc()
@@ -67,5 +72,9 @@ class Tally:
                 exposed_s=adopted.exposed_s,
                 wire_s=adopted.wire_s,
                 result="handed over" if adopted.handed_over else adopted.reason,
+                credit_wait_s=adopted.credit_wait_s,
+                first_layer_s=adopted.first_layer_s,
+                transport=adopted.transport,
+                codec=adopted.codec,
             )
         )

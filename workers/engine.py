@@ -29,6 +29,7 @@ from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.wire import worker_pb2
+from workers.kv.codecs import CODEC_NAMES
 from workers.kv.connector import RECEIVE, SEND
 from workers.kv.endpoint import KvEndpoint
 from workers.kv.frames import digest_tokens
@@ -332,6 +333,10 @@ class EngineHost:
                 credit_wait_s=settled.credit_wait_s,
                 first_layer_s=settled.first_layer_s,
                 wire_s=settled.wire_s,
+                transport=settled.transport,
+                instead_of=settled.instead_of,
+                codec=CODEC_NAMES[settled.codec] if adopt else "",
+                layers=self._endpoint.inbox.geometry.layers if adopt else 0,
             ),
         )
         self._admit(waiting.client, waiting.request, waiting.add, adopt)

@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass
 
 import grpc.aio
+import torch
 
 from cluster.membership import WorkerState
 from cluster.vllm_blocks import engine_probe
@@ -18,6 +19,7 @@ from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
 from workers.engine import EngineHost
 from workers.health import until_stuck
 from workers.kv.codecs import CODECS
+from workers.kv.collective import Place
 from workers.kv.endpoint import KvEndpoint, publish, withdraw
 from workers.kv.inbox import Inbox
 from workers.kv.sender import Identity, Sender, Sent
@@ -69,6 +71,10 @@ class Worker:
             registration.update(WorkerState.LOADING)
         config = await loop.run_in_executor(None, engine_config, settings.vllm_args, endpoint_name)
         identity = Identity(settings.worker_id, settings.incarnation, fingerprint(config))
+        group_place = None
+        if settings.handoff.transport != "grpc":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            group_place = Place(settings.host, device)
         endpoint = KvEndpoint(
             Inbox(
                 geometry(config),
@@ -82,6 +88,8 @@ class Worker:
                 settings.handoff.staged_bytes,
                 settings.handoff.transfer_deadline_s,
                 _log_sent,
+                group_place,
+                settings.handoff.transport == "auto",
             ),
             CODECS[settings.handoff.codec],
             settings.handoff.overlap,
@@ -100,6 +108,7 @@ class Worker:
             identity.incarnation,
             identity.fingerprint,
             settings.handoff.credit_deadline_s,
+            group_place,
         ).register(server)
         await add_standard_services(server)
         port = server.add_insecure_port(f"{settings.host}:{settings.port}")

@@ -122,6 +122,9 @@ class WorkerView:
         promised = self.decode_tokens + self.pending_prompt_tokens - self.pending_local_tokens
         tenths = 10 * promised // (self.kv_tokens or 1)
         reported = int(10 * self.reported_kv_usage)
+        if self.reported_inbox_bytes and self.inbox_bytes_max:
+            # Prompts wait there to get into the KV cache.
+            reported = max(reported, 10 * self.reported_inbox_bytes // self.inbox_bytes_max)
         return tenths if tenths > reported else reported
 
     def has_room(self, tokens: int) -> bool:

@@ -1,8 +1,9 @@
 from cluster.wire import worker_pb2 as _worker_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -38,40 +39,84 @@ class PairRequest(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., fingerprint: _Optional[_Union[_worker_pb2.Fingerprint, _Mapping]] = ..., to_worker_id: _Optional[str] = ..., to_incarnation: _Optional[str] = ...) -> None: ...
 
 class PairReply(_message.Message):
-    __slots__ = ("accepted", "reason")
+    __slots__ = ("accepted", "reason", "transports")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     accepted: bool
     reason: str
-    def __init__(self, accepted: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+    transports: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, accepted: _Optional[bool] = ..., reason: _Optional[str] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ToGroup(_message.Message):
+    __slots__ = ("join", "headers")
+    JOIN_FIELD_NUMBER: _ClassVar[int]
+    HEADERS_FIELD_NUMBER: _ClassVar[int]
+    join: GroupMember
+    headers: FrameHeaders
+    def __init__(self, join: _Optional[_Union[GroupMember, _Mapping]] = ..., headers: _Optional[_Union[FrameHeaders, _Mapping]] = ...) -> None: ...
+
+class GroupMember(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "to_incarnation")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TO_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    to_incarnation: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., to_incarnation: _Optional[str] = ...) -> None: ...
+
+class GroupPlace(_message.Message):
+    __slots__ = ("host", "port")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    port: int
+    def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ...) -> None: ...
+
+class FrameHeaders(_message.Message):
+    __slots__ = ("headers",)
+    HEADERS_FIELD_NUMBER: _ClassVar[int]
+    headers: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, headers: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class FrameHeader(_message.Message):
-    __slots__ = ("transfer_id", "open", "kv", "abort")
+    __slots__ = ("transfer_id", "open", "kv", "abort", "end")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     KV_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     open: OpenTransfer
     kv: KvFrame
     abort: AbortTransfer
-    def __init__(self, transfer_id: _Optional[str] = ..., open: _Optional[_Union[OpenTransfer, _Mapping]] = ..., kv: _Optional[_Union[KvFrame, _Mapping]] = ..., abort: _Optional[_Union[AbortTransfer, _Mapping]] = ...) -> None: ...
+    end: EndTransfer
+    def __init__(self, transfer_id: _Optional[str] = ..., open: _Optional[_Union[OpenTransfer, _Mapping]] = ..., kv: _Optional[_Union[KvFrame, _Mapping]] = ..., abort: _Optional[_Union[AbortTransfer, _Mapping]] = ..., end: _Optional[_Union[EndTransfer, _Mapping]] = ...) -> None: ...
 
 class OpenTransfer(_message.Message):
-    __slots__ = ("tokens", "prompt_digest", "from_worker_id", "from_incarnation", "to_incarnation", "expects_held")
+    __slots__ = ("tokens", "prompt_digest", "from_worker_id", "from_incarnation", "to_incarnation", "expects_held", "transport", "instead_of")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FROM_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     FROM_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TO_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     EXPECTS_HELD_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    INSTEAD_OF_FIELD_NUMBER: _ClassVar[int]
     tokens: int
     prompt_digest: bytes
     from_worker_id: str
     from_incarnation: str
     to_incarnation: str
     expects_held: bool
-    def __init__(self, tokens: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ..., from_worker_id: _Optional[str] = ..., from_incarnation: _Optional[str] = ..., to_incarnation: _Optional[str] = ..., expects_held: _Optional[bool] = ...) -> None: ...
+    transport: str
+    instead_of: str
+    def __init__(self, tokens: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ..., from_worker_id: _Optional[str] = ..., from_incarnation: _Optional[str] = ..., to_incarnation: _Optional[str] = ..., expects_held: _Optional[bool] = ..., transport: _Optional[str] = ..., instead_of: _Optional[str] = ...) -> None: ...
+
+class EndTransfer(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class AbortTransfer(_message.Message):
     __slots__ = ("reason",)

@@ -39,6 +39,11 @@ class KvInboxStub:
                 request_serializer=cluster_dot_wire_dot_kv__pb2.PairRequest.SerializeToString,
                 response_deserializer=cluster_dot_wire_dot_kv__pb2.PairReply.FromString,
                 _registered_method=True)
+        self.JoinGroup = channel.stream_stream(
+                '/baton.v1.KvInbox/JoinGroup',
+                request_serializer=cluster_dot_wire_dot_kv__pb2.ToGroup.SerializeToString,
+                response_deserializer=cluster_dot_wire_dot_kv__pb2.GroupPlace.FromString,
+                _registered_method=True)
 
 
 class KvInboxServicer:
@@ -47,6 +52,16 @@ class KvInboxServicer:
     def Pair(self, request, context):
         """Asked before the first transfer between two workers. A mismatch is refused with both sides'
         values in the message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def JoinGroup(self, request_iterator, context):
+        """Makes a group of two processes, through which the payloads of transfers go whose transport is
+        `collective`. The first message up joins; each further one holds the headers of the frames whose
+        payloads follow in the group, in its order. The one message down says where to meet; the group
+        lasts as long as the stream.
         rpc Push(stream raw frame) returns (stream PushReply): declared in workers/kv, as protobuf has
         no type for a raw message.
         """
@@ -61,6 +76,11 @@ def add_KvInboxServicer_to_server(servicer, server):
                     servicer.Pair,
                     request_deserializer=cluster_dot_wire_dot_kv__pb2.PairRequest.FromString,
                     response_serializer=cluster_dot_wire_dot_kv__pb2.PairReply.SerializeToString,
+            ),
+            'JoinGroup': grpc.stream_stream_rpc_method_handler(
+                    servicer.JoinGroup,
+                    request_deserializer=cluster_dot_wire_dot_kv__pb2.ToGroup.FromString,
+                    response_serializer=cluster_dot_wire_dot_kv__pb2.GroupPlace.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +110,33 @@ class KvInbox:
             '/baton.v1.KvInbox/Pair',
             cluster_dot_wire_dot_kv__pb2.PairRequest.SerializeToString,
             cluster_dot_wire_dot_kv__pb2.PairReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinGroup(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/baton.v1.KvInbox/JoinGroup',
+            cluster_dot_wire_dot_kv__pb2.ToGroup.SerializeToString,
+            cluster_dot_wire_dot_kv__pb2.GroupPlace.FromString,
             options,
             channel_credentials,
             insecure,

@@ -239,7 +239,7 @@ class UtilityReply(_message.Message):
     def __init__(self, call_id: _Optional[int] = ..., result: _Optional[bytes] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Adopted(_message.Message):
-    __slots__ = ("request_id", "handed_over", "reason", "bytes", "tokens", "exposed_s", "held_tokens", "credit_wait_s", "first_layer_s", "wire_s")
+    __slots__ = ("request_id", "handed_over", "reason", "bytes", "tokens", "exposed_s", "held_tokens", "credit_wait_s", "first_layer_s", "wire_s", "transport", "codec", "instead_of", "layers")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +250,10 @@ class Adopted(_message.Message):
     CREDIT_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_S_FIELD_NUMBER: _ClassVar[int]
     WIRE_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    INSTEAD_OF_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     handed_over: bool
     reason: str
@@ -260,7 +264,11 @@ class Adopted(_message.Message):
     credit_wait_s: float
     first_layer_s: float
     wire_s: float
-    def __init__(self, request_id: _Optional[str] = ..., handed_over: _Optional[bool] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., held_tokens: _Optional[int] = ..., credit_wait_s: _Optional[float] = ..., first_layer_s: _Optional[float] = ..., wire_s: _Optional[float] = ...) -> None: ...
+    transport: str
+    codec: str
+    instead_of: str
+    layers: int
+    def __init__(self, request_id: _Optional[str] = ..., handed_over: _Optional[bool] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., held_tokens: _Optional[int] = ..., credit_wait_s: _Optional[float] = ..., first_layer_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., transport: _Optional[str] = ..., codec: _Optional[str] = ..., instead_of: _Optional[str] = ..., layers: _Optional[int] = ...) -> None: ...
 
 class EngineFailed(_message.Message):
     __slots__ = ("message",)

@@ -42,6 +42,10 @@ class HandoffRow:
     wire_s: float
     result: str
     """`handed over`, or why it was recomputed."""
+    credit_wait_s: float = 0.0
+    first_layer_s: float = 0.0
+    transport: str = ""
+    codec: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(folder: Path, vllm_args: list[str]) -> Iterator[Cluster]:
-    # The other way of sending, in one go, is what the tests of damaged hand-offs take.
-    with running_cluster(folder, vllm_args, handoff={"overlap": "always"}) as running:
+    # gRPC, and the other way of sending, in one go, are what the tests of damaged hand-offs take.
+    handoff = {"overlap": "always", "transport": "collective"}
+    with running_cluster(folder, vllm_args, handoff=handoff) as running:
         yield running
 
 

@@ -321,5 +321,7 @@ def test_everything_was_handed_over(cluster: Cluster, plain: str) -> None:
     # 3 layers, keys and values, 2 heads of 64 float32 channels
     assert grew("baton_handoff_bytes_total") == 800 * 3 * 2 * 2 * 64 * 4
     assert after["baton_handoffs_failed_total"] == 0
+    by_transport = "baton_handoffs_by_transport_total"
+    assert after[by_transport + '{instead_of="",transport="collective"}'] >= 8
     assert after["baton_requests_resumed_total"] == 0
     assert after['baton_requests_total{path="recomputed"}'] == 0

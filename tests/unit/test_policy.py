@@ -64,6 +64,14 @@ def test_decodes_where_the_most_memory_is_free() -> None:
     assert names(placed(prefill("p1"), full, many)) == ("p1", "d2")
 
 
+def test_decodes_where_the_inbox_has_more_room() -> None:
+    full = decode("d1", inbox_bytes_max=1000, reported_inbox_bytes=700)
+    other = decode("d2", inbox_bytes_max=1000, reported_inbox_bytes=500, reported_kv_usage=0.6)
+    assert names(placed(prefill("p1"), full, other))[1] == "d2"
+    full.reported_inbox_bytes = 500
+    assert names(placed(prefill("p1"), full, other))[1] == "d1"
+
+
 def test_promised_memory_counts_as_used_memory_does() -> None:
     promised = decode("d1", decode_tokens=3_000, pending_prompt_tokens=3_000)
     assert promised.kv_load == pytest.approx(0.6)

@@ -25,10 +25,12 @@ import grpc.aio
 import torch
 
 from cluster.wire import GRPC_OPTIONS, kv_pb2, worker_pb2
+from workers.kv import collective
 from workers.kv.codecs import CODECS, group_codec
+from workers.kv.collective import Place
 from workers.kv.frames import checksum
 from workers.kv.inbox import Inbox, KvGeometry, Settled
-from workers.kv.sender import FRAME_BYTES_MAX, Identity, Sender, Sent
+from workers.kv.sender import FRAME_BYTES_MAX, GRPC, Identity, Sender, Sent
 from workers.kv.service import KvInboxService
 from workers.memory import keep_freed_memory
 
@@ -42,6 +44,7 @@ REST_S = 0.05
 """Between two measurements, for the receiver to free what it got."""
 FREE_AFTER_S = 0.01
 HOST = "127.0.0.1"
+PLACE = Place(HOST, torch.device("cpu"))
 
 
 def transfer_id(number: int) -> str:
@@ -87,7 +90,7 @@ async def receive(settings: dict[str, Any]) -> None:
     inbox = Inbox(GEOMETRY, RECEIVER[1], 4 * settings["size_bytes_max"], DEADLINE_S, time.monotonic)
     _Claims(inbox, loop)
     server = grpc.aio.server(options=GRPC_OPTIONS)
-    KvInboxService(inbox, *RECEIVER, FINGERPRINT, DEADLINE_S).register(server)
+    KvInboxService(inbox, *RECEIVER, FINGERPRINT, DEADLINE_S, PLACE).register(server)
     port = server.add_insecure_port(f"{HOST}:0")
     await server.start()
     with socket.create_server((HOST, 0)) as listening:
@@ -121,9 +124,12 @@ class _Bench:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
         self._sent: queue.Queue[Sent] = queue.Queue()
-        self._sender = Sender(
-            Identity(*SENDER, FINGERPRINT), STAGED_BYTES, DEADLINE_S, self._sent.put
-        )
+        self._senders = {
+            transport: Sender(
+                Identity(*SENDER, FINGERPRINT), STAGED_BYTES, DEADLINE_S, self._sent.put, place
+            )
+            for transport, place in ((GRPC, None), (collective.NAME, PLACE))
+        }
         self._number = 0
         self._plain = socket.create_connection((HOST, settings["plain_port"]))
 
@@ -136,8 +142,10 @@ class _Bench:
                 "memcpy": functools.partial(self._copy, target, source),
                 "socket": functools.partial(self._push_plain, source),
             }
-            for codec in self._settings["codecs"]:
-                ways[f"grpc_{codec}"] = functools.partial(self._push, kv, codec)
+            for transport, sender in self._senders.items():
+                for codec in self._settings["codecs"]:
+                    push = functools.partial(self._push, sender, kv, codec)
+                    ways[f"{transport}_{codec}"] = push
             # In turns, so that whatever else the machine does meets all of them.
             for repeat in range(-1, self._settings["repeats"]):
                 for way, act in ways.items():
@@ -148,7 +156,8 @@ class _Bench:
                         row = {"way": way, "size_bytes": size_bytes, "taken_s": taken_s}
                         print(json.dumps(row | {"wire_bytes": wire_bytes}), flush=True)
                     time.sleep(REST_S)
-        self._sender.close()
+        for sender in self._senders.values():
+            sender.close()
         self._plain.close()
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> int:
@@ -161,7 +170,7 @@ class _Bench:
         assert self._plain.recv(1) == b"\1"
         return source.numel()
 
-    def _push(self, kv: _Kv, codec_name: str) -> int:
+    def _push(self, sender: Sender, kv: _Kv, codec_name: str) -> int:
         """As BatonConnector does it, from KV that is read out of the cache to the answer that it
         is whole."""
         send = worker_pb2.SendKv(
@@ -171,7 +180,7 @@ class _Bench:
             incarnation=RECEIVER[1],
         )
         self._number += 1
-        transfer = self._sender.open(send, kv.tokens, b"digest")
+        transfer = sender.open(send, kv.tokens, b"digest")
         codec = group_codec(CODECS[codec_name])
         step = max(1, FRAME_BYTES_MAX // GEOMETRY.frame_bytes(1, GEOMETRY.heads))
         for index, layer in enumerate(kv.layers):

@@ -26,6 +26,7 @@ CODECS: dict[str, Codec] = {
     "int8": kv_pb2.CODEC_INT8,
 }
 """By the name that `handoff.codec` gives."""
+CODEC_NAMES: dict[int, str] = {wire: name for name, wire in CODECS.items()}
 CODABLE = (torch.float32, torch.bfloat16, torch.float16)
 _SCALE_MIN = torch.finfo(torch.float32).tiny
 

@@ -72,8 +72,37 @@ def decode_frames(message: bytes) -> Iterator[Frame]:
         rest = rest[size_bytes:]
 
 
+def decode_header(encoded: bytes | memoryview) -> tuple[kv_pb2.FrameHeader, int]:
+    """The header of a frame that begins with it, and the bytes of the payload.
+
+    Raises:
+        BadFrame: it is truncated, malformed, or damaged.
+    """
+    header, payload_bytes, _ = _decode_header(memoryview(encoded))
+    return header, payload_bytes
+
+
+def check_payload(header: kv_pb2.FrameHeader, payload: memoryview) -> None:
+    """Raises BadFrame if the payload is not what the header says."""
+    if header.WhichOneof("kind") == "kv" and checksum(payload) != header.kv.checksum:
+        raise BadFrame(
+            f"layer {header.kv.layer}, tokens from {header.kv.first_token}: the payload does not "
+            "match its checksum"
+        )
+
+
 def _decode_frame(message: memoryview) -> tuple[Frame, int]:
     """A message's first frame, and the bytes it takes."""
+    header, payload_bytes, first = _decode_header(message)
+    payload = message[first : first + payload_bytes]
+    if len(payload) != payload_bytes:
+        raise BadFrame(f"a frame of {len(message)} bytes cannot hold {payload_bytes} of payload")
+    check_payload(header, payload)
+    return Frame(header, payload), first + payload_bytes + -payload_bytes % ALIGNMENT_BYTES
+
+
+def _decode_header(message: memoryview) -> tuple[kv_pb2.FrameHeader, int, int]:
+    """A header, its payload's bytes, and where they begin."""
     if len(message) < _PREFIX.size:
         raise BadFrame(f"a frame of {len(message)} bytes has no header")
     header_bytes, header_checksum, payload_bytes = _PREFIX.unpack_from(message)
@@ -90,16 +119,7 @@ def _decode_frame(message: memoryview) -> tuple[Frame, int]:
         raise BadFrame(f"its header does not parse: {error}") from error
     if header.WhichOneof("kind") is None:
         raise BadFrame("its header is of no known kind")
-    first = end + -end % ALIGNMENT_BYTES
-    payload = message[first : first + payload_bytes]
-    if len(payload) != payload_bytes:
-        raise BadFrame(f"a frame of {len(message)} bytes cannot hold {payload_bytes} of payload")
-    if header.WhichOneof("kind") == "kv" and checksum(payload) != header.kv.checksum:
-        raise BadFrame(
-            f"layer {header.kv.layer}, tokens from {header.kv.first_token}: the payload does not "
-            "match its checksum"
-        )
-    return Frame(header, payload), first + payload_bytes + -payload_bytes % ALIGNMENT_BYTES
+    return header, payload_bytes, end + -end % ALIGNMENT_BYTES
 
 
 def _header_checksum(header_bytes: int, payload_bytes: int, encoded: bytes) -> int:

@@ -73,6 +73,9 @@ class Settled:
     """From then until something came: prefill computes."""
     wire_s: float = 0.0
     """From then until all had come."""
+    transport: str = ""
+    instead_of: str = ""
+    codec: int = kv_pb2.CODEC_NONE
 
 
 class Whole(NamedTuple):
@@ -96,6 +99,7 @@ class _Transfer:
     credit_at_s: float = 0.0
     first_kv_at_s: float | None = None
     last_kv_at_s: float = 0.0
+    codec: int = kv_pb2.CODEC_NONE
     bytes: int = 0
     """What it takes of the budget: the payloads that came, and the rest as if it came uncoded."""
     held_tokens: int | None = None
@@ -104,6 +108,7 @@ class _Transfer:
     """Layer x head x token cells still to come."""
     frames: dict[int, list[Frame]] = field(default_factory=dict)
     on_credit: Callable[[str], None] | None = None
+    on_end: Callable[[str], None] | None = None
     on_settled: Callable[[Settled], None] | None = None
     expected_sender: tuple[str, str] | None = None
 
@@ -122,6 +127,9 @@ class _Transfer:
             credit_wait_s=self.credit_at_s - self.opened_at_s,
             first_layer_s=self.first_kv_at_s - self.credit_at_s,
             wire_s=self.last_kv_at_s - self.first_kv_at_s,
+            transport=self.open.transport,
+            instead_of=self.open.instead_of,
+            codec=self.codec,
         )
 
 
@@ -197,6 +205,17 @@ class Inbox:
                 self._calls.append(lambda: on_credit("the transfer is over"))
             else:
                 transfer.on_credit = on_credit
+                self._notice(transfer)
+
+    def await_end(self, transfer_id: str, on_end: Callable[[str], None]) -> None:
+        """`on_end` is called once, maybe at once: when the transfer is whole, with nothing, or else
+        with why it failed."""
+        with self._changing():
+            transfer = self._transfers.get(transfer_id)
+            if transfer is None:
+                self._calls.append(lambda: on_end("the transfer is over"))
+            else:
+                transfer.on_end = on_end
                 self._notice(transfer)
 
     def expect(
@@ -428,6 +447,7 @@ class Inbox:
         if transfer.first_kv_at_s is None:
             transfer.first_kv_at_s = now
         transfer.last_kv_at_s = now
+        transfer.codec = kv.codec
         transfer.bytes -= spared_bytes
         self._bytes -= spared_bytes
         transfer.missing_head_tokens -= (kv.tokens - held_tokens) * kv.heads
@@ -463,13 +483,17 @@ class Inbox:
             del self._over[next(iter(self._over))]
 
     def _notice(self, transfer: _Transfer) -> None:
-        """Tell who waits for credit or for the end, once, if it is there."""
+        """Tell those who wait for credit or for the end, once, if it is there."""
         state, reason = transfer.state, transfer.reason
-        on_credit, on_settled = transfer.on_credit, transfer.on_settled
+        on_credit, on_end, on_settled = transfer.on_credit, transfer.on_end, transfer.on_settled
+        ended = state in (TransferState.WHOLE, TransferState.FAILED)
         if on_credit is not None and state is not TransferState.WAITING:
             transfer.on_credit = None
             self._calls.append(lambda: on_credit(reason))
-        if on_settled is not None and state in (TransferState.WHOLE, TransferState.FAILED):
+        if on_end is not None and ended:
+            transfer.on_end = None
+            self._calls.append(lambda: on_end(reason))
+        if on_settled is not None and ended:
             transfer.on_settled = None
             settled = transfer.settled()
             self._calls.append(lambda: on_settled(settled))

@@ -13,12 +13,16 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
 from cluster.wire import GRPC_OPTIONS, kv_pb2, kv_pb2_grpc, worker_pb2
+from workers.kv import collective
+from workers.kv.collective import GroupBroken, OutgoingGroup, Place
 from workers.kv.frames import encode_header, padding
 
 logger = logging.getLogger(__name__)
@@ -29,6 +33,10 @@ FRAME_BYTES_MAX = 2 << 20
 """Of KV in one frame, before it is coded."""
 MESSAGE_BYTES_MIN = 1 << 20
 """A message with less takes the frames that wait behind it along."""
+GRPC = "grpc"
+"""The transport that every worker has: payloads in the transfer's own stream."""
+REJOIN_AFTER_S = 10.0
+"""After a group could not be made, payloads go by gRPC for this long."""
 TRANSFER_KEY = "baton-transfer"
 """gRPC metadata of a push: the transfer's id."""
 ENGINE_WAIT_MAX_S = 1.0
@@ -64,11 +72,17 @@ class Sent:
 class _Peer:
     """A channel to one worker incarnation, paired before its first transfer."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, incarnation: str) -> None:
+        self.address = address
+        self.incarnation = incarnation
+        self._said = ""
         self.channel = grpc.insecure_channel(address, options=GRPC_OPTIONS)
         self.push = self.channel.stream_stream(PUSH_METHOD, None, None)
         self._inbox = kv_pb2_grpc.KvInboxStub(self.channel)  # type: ignore[no-untyped-call]
         self._accepted: kv_pb2.PairReply | None = None
+        self._group: OutgoingGroup | None = None
+        self._group_lock = threading.Lock()
+        self._no_group_until_s = 0.0
         self.rate_bytes_s = RATE_ASSUMED_BYTES_S
 
     def measured(self, sent_bytes: int, taken_s: float) -> None:
@@ -85,6 +99,31 @@ class _Peer:
             if reply.accepted:
                 self._accepted = reply
         return reply
+
+    def group(self, member: kv_pb2.GroupMember, place: Place) -> OutgoingGroup | None:
+        """The group with it, made when there is none. None: it cannot be made."""
+        with self._group_lock:
+            if self._group is not None and not self._group.broken:
+                return self._group
+            if time.monotonic() < self._no_group_until_s:
+                return None
+            try:
+                self._group = OutgoingGroup(self._inbox.JoinGroup, member, place)
+            except GroupBroken as error:
+                self._no_group_until_s = time.monotonic() + REJOIN_AFTER_S
+                self.say_once(f"no group with {self.address}, KV goes by gRPC: {error}")
+                return None
+            return self._group
+
+    def say_once(self, what: str) -> None:
+        if self._said != what:
+            self._said = what
+            logger.warning("collective transport: %s", what)
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close("the worker is stopping, or its peer was replaced")
+        self.channel.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +160,8 @@ class Transfer:
         """The prompt's first tokens, which the receiver has. Known when it gives credit."""
         self.credit = threading.Event()
         """Also set when there is none to be waited for any more."""
+        self._opened = kv_pb2.OpenTransfer()
+        self._group: OutgoingGroup | None = None
         self._call: grpc.Call | None = None
         self._given_up = ""
         self._lock = threading.Lock()
@@ -130,8 +171,7 @@ class Transfer:
         )
 
     def start(self, opened: kv_pb2.OpenTransfer) -> None:
-        header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, open=opened)
-        self._frames.put(_Staged(encode_header(header, 0)))
+        self._opened = opened
         self._thread.start()
 
     def push(self, header: kv_pb2.FrameHeader, payload: memoryview) -> None:
@@ -177,9 +217,7 @@ class Transfer:
             self.give_up(reason)
             return
         self._discard_frames()
-        abort = kv_pb2.AbortTransfer(reason=reason)
-        header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, abort=abort)
-        self._frames.put(_Staged(encode_header(header, 0)))
+        self._frames.put(_Staged(self._header(abort=kv_pb2.AbortTransfer(reason=reason))))
         self.finish()
 
     def give_up(self, reason: str) -> None:
@@ -224,6 +262,9 @@ class Transfer:
         paired = peer.pair(self._sender.pair_request(self._send), self._remaining_s())
         if not paired.accepted:
             return False, paired.reason
+        self._group = self._sender.group(peer, paired)
+        self._opened.transport = GRPC if self._group is None else collective.NAME
+        self._opened.instead_of = self._sender.instead_of(self._opened.transport)
         metadata = ((TRANSFER_KEY, self.transfer_id),)
         call = peer.push(self._messages(), timeout=self._remaining_s(), metadata=metadata)
         with self._lock:
@@ -254,19 +295,48 @@ class Transfer:
         self._sender.unstage(staged)
 
     def _messages(self) -> Iterator[bytes]:
-        """What opens the transfer, and when there is credit, the frames. Small ones that wait
-        already share a message."""
-        opening = self._frames.get()
-        assert opening is not None
-        yield opening.header
+        """What opens the transfer; and when there is credit, the frames, if they go this way."""
+        yield self._header(open=self._opened)
         if not self.credit.wait(self._remaining_s()):
             return
+        if self._group is not None:
+            self._send_by(self._group)
+            return
+        for frames in self._batches(MESSAGE_BYTES_MIN):
+            # Joined here and not when they were pushed: what waits is then in memory once, and each
+            # message takes the memory that the one before has left warm.
+            yield b"".join(
+                part
+                for frame in frames
+                for part in (frame.header, frame.payload, padding(len(frame.payload)))
+            )
+
+    def _send_by(self, group: OutgoingGroup) -> None:
+        """Two batches are under way at a time."""
+        waits: deque[Callable[[], None]] = deque()
+        try:
+            for frames in self._batches(collective.BATCH_BYTES_MIN):
+                headers = [frame.header for frame in frames]
+                payloads = [memoryview(frame.payload) for frame in frames if frame.payload]
+                waits.append(group.send(headers, payloads))
+                if len(waits) > 1:
+                    waits.popleft()()
+            if not self.done.is_set():
+                waits.append(group.send([self._header(end=kv_pb2.EndTransfer())], []))
+            for wait in waits:
+                wait()
+        except GroupBroken as error:
+            self.give_up(f"its group broke: {error}")
+
+    def _batches(self, bytes_min: int) -> Iterator[list[_Staged]]:
+        """The frames. Small ones that wait already come together. Whoever asks for the next has
+        sent the one before."""
         while not self.done.is_set():
             try:
                 frame = self._frames.get(timeout=self._remaining_s())
             except queue.Empty:
                 return
-            parts: list[bytes | memoryview] = []
+            frames: list[_Staged] = []
             size_bytes = 0
             while frame is not None:
                 if frame.end_token is not None and frame.end_token <= self.held_tokens:
@@ -277,17 +347,14 @@ class Transfer:
                         break
                     frame = self._frames.get()
                     continue
-                parts += (frame.header, frame.payload, padding(len(frame.payload)))
+                frames.append(frame)
                 size_bytes += frame.size_bytes
-                if size_bytes >= MESSAGE_BYTES_MIN or self._frames.empty():
+                if size_bytes >= bytes_min or self._frames.empty():
                     break
                 frame = self._frames.get()
-            if parts:
+            if frames:
                 started_s = time.monotonic()
-                # Joined here and not when it was pushed: what waits is then in memory once, and
-                # each message takes the memory that the one before has left warm.
-                yield b"".join(parts)
-                # gRPC asks for the next message when it has taken this one over.
+                yield frames
                 now = time.monotonic()
                 self._busy_s += now - started_s
                 self._moved_at_s = now
@@ -301,6 +368,10 @@ class Transfer:
             self._staged -= size_bytes
         self._sender.unstage(size_bytes)
 
+    def _header(self, **kind: Any) -> bytes:
+        header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, **kind)
+        return encode_header(header, 0)
+
 
 class Sender:
     """All transfers of this worker, and a bound on the bytes that wait to be sent."""
@@ -311,8 +382,14 @@ class Sender:
         max_staged_bytes: int,
         transfer_deadline_s: float,
         on_sent: Callable[[Sent], None],
+        group_place: Place | None = None,
+        auto: bool = False,
     ) -> None:
+        """`group_place`: this end of the collective transport's groups. Without it, payloads go by
+        gRPC. `auto`: a peer without that transport is nothing to warn of."""
         self._identity = identity
+        self._group_place = group_place
+        self._auto = auto
         self.max_staged_bytes = max_staged_bytes
         self._deadline_s = transfer_deadline_s
         self._on_sent = on_sent
@@ -380,8 +457,8 @@ class Sender:
             peer = self._peers.get(key)
             if peer is None:
                 for stale in [k for k in self._peers if k[0] == send.address]:
-                    self._peers.pop(stale).channel.close()
-                peer = self._peers[key] = _Peer(send.address)
+                    self._peers.pop(stale).close()
+                peer = self._peers[key] = _Peer(send.address, send.incarnation)
             return peer
 
     def lost(self, send: worker_pb2.SendKv) -> None:
@@ -390,6 +467,26 @@ class Sender:
             peer = self._peers.pop((send.address, send.incarnation), None)
         if peer is not None:
             peer.channel.close()
+
+    def instead_of(self, transport: str) -> str:
+        """The transport that was asked for, if it is another."""
+        strict = self._group_place is not None and not self._auto
+        return collective.NAME if strict and transport != collective.NAME else ""
+
+    def group(self, peer: _Peer, paired: kv_pb2.PairReply) -> OutgoingGroup | None:
+        """None: payloads go by gRPC."""
+        if self._group_place is None:
+            return None
+        if collective.NAME not in paired.transports:
+            if not self._auto:
+                peer.say_once(f"{peer.address} is not configured for it, KV goes by gRPC")
+            return None
+        member = kv_pb2.GroupMember(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            to_incarnation=peer.incarnation,
+        )
+        return peer.group(member, self._group_place)
 
     def estimated_s(self, send: worker_pb2.SendKv, size_bytes: int) -> float:
         """How long a transfer would take if all of it were there to be sent."""
@@ -417,7 +514,7 @@ class Sender:
         for transfer in list(self._transfers):
             transfer.join(max(0.0, deadline_at_s - time.monotonic()))
         for peer in peers:
-            peer.channel.close()
+            peer.close()
 
 
 def _describe(error: grpc.RpcError) -> str:

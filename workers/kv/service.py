@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
 
 from cluster.wire import kv_pb2, kv_pb2_grpc, worker_pb2
+from workers.kv import collective
+from workers.kv.collective import IncomingGroup, Place
 from workers.kv.frames import BadFrame, decode_frames
 from workers.kv.inbox import Inbox, TransferState
-from workers.kv.sender import TRANSFER_KEY
+from workers.kv.sender import GRPC, TRANSFER_KEY
 
 HELD_WAIT_S = 0.5
 """For the engine to say what of a prompt it holds; without a word all of it is sent."""
@@ -30,7 +33,8 @@ def fingerprint_mismatch(mine: worker_pb2.Fingerprint, theirs: worker_pb2.Finger
 
 
 class KvInboxService(kv_pb2_grpc.KvInboxServicer):
-    """`credit_deadline_s`: how long a transfer may wait for room in the inbox."""
+    """`credit_deadline_s`: how long a transfer may wait for room in the inbox. `group_place`: this
+    end of the collective transport's groups; without it, payloads come by gRPC only."""
 
     def __init__(
         self,
@@ -39,8 +43,10 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
         incarnation: str,
         fingerprint: worker_pb2.Fingerprint,
         credit_deadline_s: float,
+        group_place: Place | None = None,
     ) -> None:
         self._inbox = inbox
+        self._group_place = group_place
         self._credit_deadline_s = credit_deadline_s
         self._worker_id = worker_id
         self._incarnation = incarnation
@@ -61,7 +67,33 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
             return kv_pb2.PairReply(
                 reason=f"KV of {request.worker_id} would be wrong on {self._worker_id}: {mismatch}"
             )
-        return kv_pb2.PairReply(accepted=True)
+        transports = [GRPC, *([collective.NAME] if self._group_place else [])]
+        return kv_pb2.PairReply(accepted=True, transports=transports)
+
+    async def JoinGroup(  # noqa: N802 - gRPC's name
+        self,
+        requests: AsyncIterator[kv_pb2.ToGroup],
+        context: grpc.aio.ServicerContext[kv_pb2.ToGroup, kv_pb2.GroupPlace],
+    ) -> AsyncIterator[kv_pb2.GroupPlace]:
+        member = (await anext(requests)).join
+        if self._group_place is None or member.to_incarnation != self._incarnation:
+            reason = f"{self._worker_id}/{self._incarnation} joins no group with {member.worker_id}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
+        assert self._group_place is not None
+        loop, stream = asyncio.get_running_loop(), asyncio.current_task()
+        assert stream is not None
+
+        def on_end() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: so is the stream
+                loop.call_soon_threadsafe(stream.cancel)
+
+        group = IncomingGroup(self._inbox, self._group_place, on_end)
+        try:
+            yield kv_pb2.GroupPlace(host=self._group_place.host, port=group.port)
+            async for message in requests:
+                group.announce(message.headers.headers)
+        finally:
+            group.close()
 
     async def push(
         self,
@@ -82,11 +114,17 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
                         )
                     state, reason = self._inbox.receive(frame)
                     if frame.header.WhichOneof("kind") == "open":
-                        reason = reason or await self._credit(
-                            transfer_id, frame.header.open.expects_held
-                        )
+                        opened = frame.header.open
+                        ended = _Answer()
+                        if opened.transport == collective.NAME:
+                            self._inbox.await_end(transfer_id, ended)
+                        reason = reason or await self._credit(transfer_id, opened.expects_held)
                         if not reason:
                             yield _credit(self._inbox.held(transfer_id))
+                        if not reason and opened.transport == collective.NAME:
+                            # Its payloads don't come in this stream.
+                            yield _result(await ended.future)
+                            return
                     if reason:
                         yield _result(reason)
                         return
@@ -100,22 +138,14 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
 
     async def _credit(self, transfer_id: str, expects_held: bool) -> str:
         """Wait for it. Returns why there is none."""
-        loop = asyncio.get_running_loop()
         if expects_held:
+            loop = asyncio.get_running_loop()
             loop.call_later(HELD_WAIT_S, self._inbox.hold, transfer_id, 0)
-        answer: asyncio.Future[str] = loop.create_future()
-
-        def settle(reason: str) -> None:
-            if not answer.done():
-                answer.set_result(reason)
-
-        def on_credit(reason: str) -> None:
-            loop.call_soon_threadsafe(settle, reason)
-
-        self._inbox.await_credit(transfer_id, on_credit)
+        answer = _Answer()
+        self._inbox.await_credit(transfer_id, answer)
         try:
             async with asyncio.timeout(self._credit_deadline_s):
-                return await answer
+                return await answer.future
         except TimeoutError:
             reason = f"the inbox had no room for it within {self._credit_deadline_s:g} s"
             self._inbox.fail(transfer_id, reason)
@@ -128,6 +158,21 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler("baton.v1.KvInbox", {"Push": handler}),)
         )
+
+
+class _Answer:
+    """What the inbox calls, on any thread, and the event loop waits for."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[str] = self._loop.create_future()
+
+    def __call__(self, reason: str) -> None:
+        self._loop.call_soon_threadsafe(self._settle, reason)
+
+    def _settle(self, reason: str) -> None:
+        if not self.future.done():
+            self.future.set_result(reason)
 
 
 def _result(reason: str) -> bytes:

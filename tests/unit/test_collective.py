@@ -1,0 +1,294 @@
+"""The collective transport with Gloo: what is delivered is what was sent, whatever goes wrong fails
+the transfer at both ends, and neither end waits for one that is dead or frozen."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+
+from tests.unit.group_peer import (
+    GEOMETRY,
+    LAYER_BYTES,
+    PLACE,
+    TOKENS,
+    GroupReceiver,
+    payload_of,
+    push_layer,
+    send_kv,
+)
+from tests.unit.test_sender import FINGERPRINT, LONG_S, SENDER, Loop, Outbox
+from workers.kv import collective
+from workers.kv.inbox import Settled
+from workers.kv.sender import Identity, Sender, Sent, Transfer
+
+WAIT_S = 60.0
+"""For what should happen at once, or at a deadline, on a machine that may be busy."""
+DEADLINE_S = 1.0
+WHOLE_BYTES = GEOMETRY.layers * LAYER_BYTES
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def start(loop: Loop) -> Iterator[Callable[[GroupReceiver], GroupReceiver]]:
+    started: list[GroupReceiver] = []
+
+    def start_one(receiver: GroupReceiver) -> GroupReceiver:
+        receiver.start()
+        started.append(receiver)
+        return receiver
+
+    yield start_one
+    for receiver in started:
+        receiver.stop()
+
+
+@pytest.fixture  # to be asked for after the receiver, whose threads are not the sender's
+def outbox() -> Iterator[Outbox]:
+    sent: queue.Queue[Sent] = queue.Queue()
+    sender = Sender(Identity(*SENDER, FINGERPRINT), 1 << 30, LONG_S, sent.put, PLACE)
+    yield Outbox(sender, sent, set(threading.enumerate()))
+    sender.close(timeout_s=0)
+
+
+@pytest.fixture
+def receiver(loop: Loop, start: Callable[[GroupReceiver], GroupReceiver]) -> GroupReceiver:
+    return start(GroupReceiver(loop))
+
+
+def open_to(outbox: Outbox, port: int, transfer_id: str = "t") -> Transfer:
+    return outbox.sender.open(send_kv(port, transfer_id), TOKENS, b"digest")
+
+
+def push_all(transfer: Transfer) -> None:
+    for layer in range(GEOMETRY.layers):
+        push_layer(transfer, layer)
+    transfer.finish()
+
+
+def result(outbox: Outbox) -> Sent:
+    return outbox.sent.get(timeout=WAIT_S)
+
+
+def transport_of(settled: Settled) -> tuple[bool, str, str]:
+    return settled.whole, settled.transport, settled.instead_of
+
+
+def wait_until(what: str, condition: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until_s, what
+        time.sleep(0.02)
+
+
+def group_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "kv-group"]
+
+
+# --- delivered --------------------------------------------------------------------------------
+
+
+def test_what_is_delivered_is_what_was_sent(receiver: GroupReceiver, outbox: Outbox) -> None:
+    claim = receiver.claim()
+    push_all(open_to(outbox, receiver.port))
+    assert result(outbox) == Sent("t", True, "", WHOLE_BYTES, mock.ANY)
+    assert transport_of(claim.get(timeout=WAIT_S)) == (True, "collective", "")
+    taken = receiver.inbox.take("t")
+    assert taken is not None
+    for layer in range(GEOMETRY.layers):
+        (frame,) = taken[layer]
+        assert frame.payload == payload_of(layer)
+    assert receiver.inbox.bytes_held == 0
+    outbox.sender.close()
+    wait_until("the group's threads end", lambda: not group_threads())
+    outbox.assert_at_rest()
+
+
+def test_many_transfers_share_a_group(receiver: GroupReceiver, outbox: Outbox) -> None:
+    ids = [f"t{number}" for number in range(4)]
+    transfers = [open_to(outbox, receiver.port, transfer_id) for transfer_id in ids]
+    for layer in range(GEOMETRY.layers):
+        for transfer in transfers:
+            push_layer(transfer, layer)
+    for transfer in transfers:
+        transfer.finish()
+    assert [result(outbox).delivered for _ in ids] == [True] * len(ids)
+    # One end of it is here, and so is the other.
+    assert len(group_threads()) == 2
+    for transfer_id in ids:
+        taken = receiver.inbox.take(transfer_id)
+        assert taken is not None
+        assert all(taken[layer][0].payload == payload_of(layer) for layer in taken)
+
+
+# --- damaged ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("flipped", "layer 1, tokens from 0: the payload does not match its checksum"),
+        ("missing", "the sender's frames ended before the KV was whole"),
+        ("twice", "layer 1, tokens from 0 arrived twice"),
+        ("aborted", "the sender gave up: the prefill was aborted"),
+    ],
+)
+def test_a_damaged_transfer_fails_at_both_ends_and_the_group_goes_on(
+    receiver: GroupReceiver, outbox: Outbox, fault: str, reason: str
+) -> None:
+    claim = receiver.claim()
+    transfer = open_to(outbox, receiver.port)
+    push_layer(transfer, 0)
+    assert transfer.credit.wait(WAIT_S)
+    match fault:
+        case "flipped":
+            push_layer(transfer, 1, checksum_of=payload_of(0))
+        case "twice":
+            push_layer(transfer, 1)
+            push_layer(transfer, 1)
+        case "aborted":
+            transfer.abort("the prefill was aborted")
+    if fault != "aborted":
+        transfer.finish()
+    sent = result(outbox)
+    assert (sent.delivered, sent.reason) == (False, reason)
+    settled = claim.get(timeout=WAIT_S)
+    assert (settled.whole, settled.reason) == (False, reason)
+    assert receiver.inbox.bytes_held == 0
+    after = receiver.claim("after")
+    push_all(open_to(outbox, receiver.port, "after"))
+    assert result(outbox).delivered
+    assert transport_of(after.get(timeout=WAIT_S)) == (True, "collective", "")
+
+
+# --- no group ---------------------------------------------------------------------------------
+
+
+def test_a_peer_without_the_transport_gets_kv_by_grpc_and_one_warning(
+    loop: Loop,
+    start: Callable[[GroupReceiver], GroupReceiver],
+    outbox: Outbox,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    receiver = start(GroupReceiver(loop, place=None))
+    with caplog.at_level(logging.WARNING):
+        for transfer_id in ("a", "b"):
+            claim = receiver.claim(transfer_id)
+            push_all(open_to(outbox, receiver.port, transfer_id))
+            assert result(outbox).delivered
+            assert transport_of(claim.get(timeout=WAIT_S)) == (True, "grpc", "collective")
+    warnings = [record.getMessage() for record in caplog.records]
+    peer = f"127.0.0.1:{receiver.port}"
+    assert warnings == [f"collective transport: {peer} is not configured for it, KV goes by gRPC"]
+
+
+def test_a_group_that_cannot_be_made_is_no_fault_of_the_transfer(
+    receiver: GroupReceiver, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_store(host: str, port: int, is_master: bool) -> None:
+        raise RuntimeError("no store today")
+
+    monkeypatch.setattr(collective, "_store", no_store)
+    claim = receiver.claim()
+    push_all(open_to(outbox, receiver.port))
+    assert result(outbox).delivered
+    assert transport_of(claim.get(timeout=WAIT_S)) == (True, "grpc", "collective")
+
+
+# --- the other end dies or freezes ------------------------------------------------------------
+
+
+class Peer:
+    """The other end, in a process."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.unit.group_peer", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def ask(self) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.line()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def peer() -> Iterator[Callable[..., Peer]]:
+    peers: list[Peer] = []
+
+    def start_one(*arguments: str) -> Peer:
+        peers.append(Peer(*arguments))
+        return peers[-1]
+
+    yield start_one
+    for each in peers:
+        each.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_receiver_that_dies_or_freezes_holds_nothing_up(
+    peer: Callable[..., Peer],
+    outbox: Outbox,
+    monkeypatch: pytest.MonkeyPatch,
+    how: signal.Signals,
+) -> None:
+    monkeypatch.setattr(collective, "GROUP_DEADLINE_S", DEADLINE_S)
+    receiver = peer("receive")
+    port = int(receiver.line())
+    monkeypatch.setattr(collective, "GROUP_DEADLINE_S", WAIT_S)
+    push_all(open_to(outbox, port, "before"))
+    assert result(outbox).delivered
+    monkeypatch.setattr(collective, "GROUP_DEADLINE_S", DEADLINE_S)
+    transfer = open_to(outbox, port)
+    assert transfer.credit.wait(WAIT_S)
+    receiver.process.send_signal(how)
+    push_all(transfer)
+    sent = result(outbox)
+    assert not sent.delivered
+    if how is signal.SIGSTOP:
+        receiver.process.send_signal(signal.SIGCONT)
+        # What was there before waits for its decode leg; the other is gone.
+        wait_until("it frees what it got", lambda: receiver.ask() == str(WHOLE_BYTES))
+    wait_until("the group's threads end", lambda: not group_threads())
+    outbox.assert_at_rest()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_sender_that_dies_or_freezes_holds_nothing(
+    receiver: GroupReceiver, peer: Callable[..., Peer], how: signal.Signals
+) -> None:
+    claim = receiver.claim()
+    sender = peer("send", str(receiver.port))
+    assert sender.line() == "sending"
+    assert receiver.inbox.bytes_held == WHOLE_BYTES
+    sender.process.send_signal(how)
+    # A frozen one is found by gRPC's keepalive.
+    assert not claim.get(timeout=WAIT_S).whole
+    assert receiver.inbox.bytes_held == 0
+    wait_until("the group's thread ends", lambda: not group_threads())
