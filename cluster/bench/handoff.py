@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench.client import Client, Stream
+from cluster.bench.nixl import nixl
 from cluster.bench.report import Goal, median, ratio
 from cluster.bench.servers import MODEL_NAME, Server, Servers
 from cluster.bench.sides import (
@@ -57,7 +58,7 @@ async def run_handoff(
     """
     starts: dict[str, Start] = {PLAIN: functools.partial(servers.plain, noting=True)}
     if peer_packages is not None:
-        starts[PEER] = functools.partial(servers.nixl, peer_packages)
+        starts[PEER] = functools.partial(nixl, servers, peer_packages)
     starts[BATON] = servers.baton
     sides = {name: SideSamples() for name in starts}
     args = settings.server_args()

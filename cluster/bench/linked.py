@@ -7,16 +7,34 @@ time from the end of the step that computed the prompt until the KV is adopted.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.bench.client import Client, Stream, random_prompt
-from cluster.bench.link import LinkSettings
+from cluster.bench.link import End, LinkSettings, check_link_possible
 from cluster.bench.report import BenchFailed, Goal, median
-from cluster.bench.servers import MODEL_NAME, Servers
+from cluster.bench.servers import (
+    MODEL_NAME,
+    POLL_S,
+    PYTHON,
+    WORKERS_METRICS,
+    Server,
+    Servers,
+    until_ready,
+)
 from cluster.bench.sides import CompareSettings, Report
+from cluster.config import BatonConfig
+from cluster.supervisor import free_port, router_command
+from cluster.supervisor import vllm_args as vllm_args_of
 
+LINK_DEADLINE_S = 20.0
 HIDDEN_MIN = 0.85
 HIDDEN_TOKENS_MIN = 1024
 """Shorter prompts have no goal: a layer's computing is too short to hide a layer's transfer."""
@@ -35,6 +53,57 @@ class Transfer:
     """After the first."""
 
 
+@contextlib.asynccontextmanager
+async def _baton_over(
+    servers: Servers, link: LinkSettings, model: Path, vllm_args: Sequence[str]
+) -> AsyncIterator[Server]:
+    """Baton, its prefill worker at one end of a link and its decode worker at the other.
+    Without Ray, which starts no actor in a namespace."""
+    config = BatonConfig.model_construct(
+        name=f"bench-{servers.run_id}", model=str(model), vllm_args=list(vllm_args)
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        ends = await stack.enter_async_context(_ends(servers, link))
+        redis_url, redis = await stack.enter_async_context(servers.redis(ends[0].machine_address))
+        others = [redis]
+        for pool, end, core in zip(("prefill", "decode"), ends, servers.cores, strict=True):
+            settings = {
+                "worker_id": f"{pool}-0",
+                "incarnation": secrets.token_hex(6),
+                "vllm_args": vllm_args_of(config),
+                "host": end.address,
+                "cpu_ids": [core],
+                "handoff": {},
+                "redis_url": redis_url,
+                "cluster": config.name,
+                "pool": pool,
+            }
+            command = end.command([*PYTHON, "workers", json.dumps(settings)])
+            start = servers.running(pool, 0, command, [core], {})
+            others.append(await stack.enter_async_context(start))
+        port = free_port()
+        command = router_command(config, redis_url, "router-0", port)
+        start = servers.running("router", port, command, servers.cores, {})
+        router = await stack.enter_async_context(start)
+        await until_ready(router, "/metrics", WORKERS_METRICS, others)
+        yield router
+
+
+@contextlib.asynccontextmanager
+async def _ends(servers: Servers, settings: LinkSettings) -> AsyncIterator[tuple[End, End]]:
+    check_link_possible()
+    values = {"name": servers.run_id[:6], **asdict(settings)}
+    command = [*PYTHON, "cluster.bench.link", json.dumps(values)]
+    async with servers.running("link", 0, command, servers.cores, {}) as link:
+        deadline = time.monotonic() + LINK_DEADLINE_S
+        while not (told := link.log.read_text()).endswith("\n"):
+            if link.process.poll() is not None or time.monotonic() > deadline:
+                raise BenchFailed(f"the link cannot be made: {link.last_words()}")
+            await asyncio.sleep(POLL_S)
+        a, b = json.loads(told)
+        yield End(**a), End(**b)
+
+
 async def run_linked(
     link: LinkSettings,
     model: Path,
@@ -50,7 +119,7 @@ async def run_linked(
     """
     transfers: dict[int, list[Transfer]] = {tokens: [] for tokens in settings.prompt_tokens}
     report("starting Baton at the ends of a link")
-    start = servers.baton_over(link, model, settings.server_args())
+    start = _baton_over(servers, link, model, settings.server_args())
     async with start as server, Client(server.url, MODEL_NAME) as client:
         for tokens in settings.prompt_tokens:
             prompt = random_prompt(f"{tokens}/warm-up", tokens, vocabulary)

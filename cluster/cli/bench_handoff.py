@@ -73,8 +73,8 @@ def _beside_peer(
     settings: CompareSettings, model: Path | None, quick: bool, packages: Path | None
 ) -> dict[str, Any]:
     from cluster.bench.handoff import run_handoff, summary
+    from cluster.bench.nixl import peer_versions
     from cluster.bench.report import BenchFailed
-    from cluster.bench.servers import peer_versions
 
     try:
         versions = peer_versions(packages) if packages else {}

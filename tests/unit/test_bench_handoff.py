@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from cluster.bench.client import Stream
 from cluster.bench.handoff import goals_of, of_steps, summary
-from cluster.bench.servers import Server, keep_workers_to_core
+from cluster.bench.nixl import keep_workers_to_core
+from cluster.bench.servers import Server
 from cluster.bench.sides import CompareSettings, LengthSamples, SideSamples
 from cluster.bench.steps import note_of
 from cluster.cli.bench import bench
