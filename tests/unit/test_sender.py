@@ -41,7 +41,7 @@ SENDER = ("prefill", "prefill-1")
 FINGERPRINT = worker_pb2.Fingerprint(model="tiny", dtype="float32", layers=3)
 LONG_S = 30.0
 """A deadline that no test comes near."""
-SOON_S = 2.5
+SOON_S = 10.0
 """What a test waits for something that should happen at once."""
 LARGE = memoryview(bytes(16 << 20))
 """More than a stream carries to a receiver that reads nothing."""
@@ -725,12 +725,13 @@ def test_a_receiver_that_never_answers_costs_no_more_than_the_deadline(
     loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox, method: str
 ) -> None:
     receiver = start(Silent(loop, method))
-    outbox = make_outbox(deadline_s=0.4)
+    outbox = make_outbox(deadline_s=1.0)
     began_s = time.monotonic()
-    for i in range(4):
+    for i in range(20):
         push_all(outbox.open(receiver, f"t{i}"))
-    results = [outbox.result() for _ in range(4)]
-    assert time.monotonic() - began_s < 1.5
+    results = [outbox.result() for _ in range(20)]
+    # Not one after the other.
+    assert time.monotonic() - began_s < 10
     assert not any(sent.delivered for sent in results)
     assert all("DEADLINE_EXCEEDED" in sent.reason for sent in results)
     outbox.assert_at_rest()
