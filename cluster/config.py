@@ -23,6 +23,7 @@ from cluster.scheduler.policies import DEFAULT, policy_names
 CONFIG_FILE = "baton.yaml"
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "recall"
 BUNDLED_MODEL_NAME = "baton-recall"
+OPERATOR_TOKEN = "BATON_OPERATOR_TOKEN"
 
 
 class BadConfig(Exception):
@@ -164,6 +165,12 @@ class BatonConfig(BaseSettings):
         30,
         gt=0,
         description="time without a step, or without a lease, after which a worker starts anew",
+    )
+    preemption_notice_s: float = Field(
+        25, ge=0, description="time that a worker drains when it gets SIGTERM; 0: it ends at once"
+    )
+    operator_token: str | None = Field(
+        None, description="who sends it may announce that a worker ends (POST /baton/notice)"
     )
     start_deadline_s: float = Field(600, gt=0, description="time for all workers to be ready")
     keep_workers: bool = Field(

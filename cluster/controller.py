@@ -65,6 +65,7 @@ class ControllerSettings:
     redis_url: str
     lease_s: float
     stuck_after_s: float
+    preemption_notice_s: float
     model_path: str
     vllm_args: dict[str, list[str]]
     """By pool, as are the ranks that a worker has."""
@@ -334,6 +335,7 @@ class Controller:
                 "cluster": settings.cluster,
                 "lease_s": settings.lease_s,
                 "stuck_after_s": settings.stuck_after_s,
+                "preemption_notice_s": settings.preemption_notice_s,
                 "pool": slot.pool.value,
                 "node": slot.placement.node_id[:8],
                 "placement_reason": slot.placement.reason,

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cluster.config import BUNDLED_MODEL_NAME, BatonConfig, LocalNode
+from cluster.config import BUNDLED_MODEL_NAME, OPERATOR_TOKEN, BatonConfig, LocalNode
 from cluster.engine_build import on_gpu
 from cluster.errors import ERROR_PREFIX, one_line
 from cluster.guardian import RUN_VARIABLE
@@ -338,6 +338,7 @@ class Supervisor:
             redis_url=self._redis_url,
             lease_s=config.lease_s,
             stuck_after_s=config.stuck_after_s,
+            preemption_notice_s=config.preemption_notice_s,
             model_path=config.model_path,
             vllm_args=args,
             tensor_parallel={pool: tensor_parallel(args[pool]) for pool in Pool},
@@ -449,7 +450,7 @@ class Supervisor:
         return [(counts[pool], tensor_parallel(vllm_args(self.config, pool))) for pool in Pool]
 
     def _spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-        environment = dict(os.environ)
+        environment = router_environment(self.config)
         if self.config.verbose:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
         with (self._folder / f"{name}.log").open("wb") as log:
@@ -495,6 +496,12 @@ def router_command(config: BatonConfig, redis_url: str, router_id: str, port: in
         "adopt_deadline_s": config.handoff.adopt_deadline_s,
     }
     return [sys.executable, "-m", "router", json.dumps(settings)]
+
+
+def router_environment(config: BatonConfig) -> dict[str, str]:
+    """A router's arguments can be read by anyone on the machine, its environment cannot."""
+    token = {OPERATOR_TOKEN: config.operator_token} if config.operator_token else {}
+    return {**os.environ, **token}
 
 
 async def _accepts_connections(url: str) -> None:

@@ -40,6 +40,7 @@ from cluster.scheduler.life import (
     FailRequest,
     Failure,
     Finish,
+    MoveOut,
     StartDecode,
     StartLocal,
     StartPrefill,
@@ -210,9 +211,16 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
             call.cancel()
         return worker.link
 
-    def evacuate(self, key: WorkerKey) -> None:
-        """A draining worker's time is over: its requests go on elsewhere."""
-        self._carry_out(self.scheduler.on_drain_deadline(key, self._clock()))
+    def relieve(self, key: WorkerKey, left_s: float) -> None:
+        """A worker drains, and has this time left: its requests go on elsewhere when it is due."""
+        actions = self.scheduler.on_draining(key, left_s, self._clock())
+        for action in actions:
+            match action:
+                case StartPrefill() | StartLocal():
+                    self.metrics.moved.labels("recomputed").inc()
+                case MoveOut():
+                    self.metrics.moved.labels("kv").inc()
+        self._carry_out(actions)
 
     async def wait_for_worker(self) -> None:
         await self._worker_up.wait()
@@ -236,6 +244,8 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                     request = self._requests[action.request_id]
                     add = self._leg(request, action.leg_id, action.resume_tokens)
                     self._send(action.worker, worker_pb2.ToEngine(add=add))
+                case MoveOut():
+                    self._move_out(action)
                 case CancelLeg():
                     abort = worker_pb2.AbortRequests(request_ids=[action.leg_id])
                     self._send(action.worker, worker_pb2.ToEngine(abort=abort))
@@ -257,28 +267,34 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
 
     def _start_prefill(self, action: StartPrefill) -> None:
         request = self._requests[action.request_id]
-        receiver = self.workers[action.receiver]
         params = request.sampling_params.clone()
         params.max_tokens = len(action.resume_tokens) + 1
         params.min_tokens = min(params.min_tokens, params.max_tokens)
         one_token = msgspec.structs.replace(request, sampling_params=params)
         add = self._leg(one_token, action.leg_id, action.resume_tokens)
-        add.send.CopyFrom(
-            worker_pb2.SendKv(
-                transfer_id=action.transfer_id,
-                address=receiver.description.kv_address,
-                worker_id=receiver.key.worker_id,
-                incarnation=receiver.key.incarnation,
-            )
-        )
+        add.send.CopyFrom(self._send_kv(action.receiver, action.transfer_id))
         placement = self.scheduler.lives[action.request_id].placement
         if placement is not None and placement.decode_cached_tokens:
             # First, so that it is known there when the sender asks.
             hold = worker_pb2.HoldPrefix(transfer_id=action.transfer_id, request=add.request)
-            self._send(receiver.key, worker_pb2.ToEngine(hold=hold))
+            self._send(action.receiver, worker_pb2.ToEngine(hold=hold))
             add.send.expects_held = True
         self.tally.handoff_started()
         self._send(action.worker, worker_pb2.ToEngine(add=add))
+
+    def _move_out(self, action: MoveOut) -> None:
+        send = self._send_kv(action.receiver, action.transfer_id)
+        self.tally.handoff_started()
+        move = worker_pb2.MoveOut(leg_id=action.leg_id, send=send)
+        self._send(action.worker, worker_pb2.ToEngine(move=move))
+
+    def _send_kv(self, receiver: WorkerKey, transfer_id: str) -> worker_pb2.SendKv:
+        return worker_pb2.SendKv(
+            transfer_id=transfer_id,
+            address=self.workers[receiver].description.kv_address,
+            worker_id=receiver.worker_id,
+            incarnation=receiver.incarnation,
+        )
 
     def _start_decode(self, action: StartDecode) -> None:
         add = self._leg(self._requests[action.request_id], action.leg_id, action.resume_tokens)
@@ -343,6 +359,12 @@ class ClusterCore(EngineCoreClient):  # type: ignore[misc]
                     self._on_kv_events(worker, message.outputs.kv_events)
             case "adopted":
                 self._on_adopted(worker, message.adopted)
+            case "moved":
+                moved = message.moved
+                if not moved.moved:
+                    logger.info("leg %s is computed again: %s", moved.leg_id, moved.reason)
+                actions = self.scheduler.on_moved_out(moved.leg_id, moved.moved, self._clock())
+                self._carry_out(actions)
             case "utility":
                 self._on_reply(worker, message.utility)
             case "kv_events":

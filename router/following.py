@@ -15,6 +15,8 @@ class Steps:
     connect: list[WorkerRecord]
     evacuate: list[WorkerKey]
     """Draining, and their time is over."""
+    draining: dict[WorkerKey, float] = field(default_factory=dict)
+    """The others that drain, with the time they have left."""
 
 
 @dataclass(slots=True)
@@ -84,14 +86,18 @@ def follow(
     ]
     connect: list[WorkerRecord] = []
     evacuate: list[WorkerKey] = []
+    draining: dict[WorkerKey, float] = {}
     for key, record in ready.items():
         worker = view.workers.get(key)
         if worker is not None:
             worker.draining = record.state is WorkerState.DRAINING
             worker.pool = record.pool
-            if worker.draining and now_unix_s > record.drain_until_unix_s:
+            left_s = record.drain_until_unix_s - now_unix_s
+            if worker.draining and left_s < 0:
                 evacuate.append(key)
+            elif worker.draining:
+                draining[key] = left_s
         elif key not in connecting:
             # Also one whose link broke: as long as it keeps its lease, it may answer again.
             connect.append(record)
-    return Steps(lost, connect, evacuate)
+    return Steps(lost, connect, evacuate, draining)

@@ -81,8 +81,10 @@ class MemberWatcher:
         )
         for key in steps.lost:
             self._drop(key, "its lease ran out")
+        for key, left_s in steps.draining.items():
+            self._core.relieve(key, left_s)
         for key in steps.evacuate:
-            self._core.evacuate(key)
+            self._core.relieve(key, 0.0)
         for record in steps.connect:
             # In a task of its own, so that one that hangs does not hold up the others.
             key = key_of(record)

@@ -96,6 +96,14 @@ class RouterMetrics:
             "Requests that lost a worker and went on elsewhere.",
             registry=registry,
         )
+        self.moved = Counter(
+            "baton_requests_moved",
+            "Running requests that left a draining worker, with their KV or to be computed again.",
+            ["way"],
+            registry=registry,
+        )
+        for way in ("kv", "recomputed"):
+            self.moved.labels(way)
         self.workers = Gauge("baton_workers", "Workers in reach.", ["pool"], registry=registry)
         self.queued = Gauge(
             "baton_requests_queued", "Requests that wait for a worker.", registry=registry

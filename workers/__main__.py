@@ -26,11 +26,20 @@ async def serve(settings: WorkerSettings) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stop.set)
     worker = await Worker.start(settings)
+
+    def on_notice() -> None:
+        # The second time, or without a notice to give: at once.
+        if not worker.on_notice():
+            stop.set()
+
+    loop.add_signal_handler(signal.SIGTERM, on_notice)
     print(json.dumps({"address": worker.description.kv_address}), flush=True)
     stopping = asyncio.create_task(stop.wait())
-    waits: set[asyncio.Future[Any]] = {stopping, worker.service.failed}
+    drained = asyncio.create_task(worker.drained())
+    waits: set[asyncio.Future[Any]] = {stopping, drained, worker.service.failed}
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
+    for waiting in (stopping, drained):
+        waiting.cancel()
     await worker.stop()
     if worker.service.failed.done():
         sys.exit(f"{ERROR_PREFIX}{worker.service.failed.result()}")

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import faulthandler
 import os
+import signal
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cluster.logs import configure_logs
@@ -41,6 +45,7 @@ class WorkerActor:
         from workers.worker import Worker
 
         self._worker = await Worker.start(settings)
+        notice = Notice(self._worker.on_notice)
         stopped = asyncio.create_task(self._stopped.wait())
         drained = asyncio.create_task(self._worker.drained())
         failed = self._worker.service.failed
@@ -51,11 +56,40 @@ class WorkerActor:
             reason = DRAINED
         for waiting in (stopped, drained):
             waiting.cancel()
+        notice.close()
         await self._worker.stop()
         return reason
 
     async def stop(self) -> None:
         self._stopped.set()
+
+
+class Notice:
+    """Hears SIGTERM. An actor's event loop is not in the process's main thread, where Python lets
+    signals be handled, and that thread is inside Ray and would handle none. faulthandler's own
+    handler may be set anywhere and writes to a file at once: here that is a pipe."""
+
+    def __init__(self, on_notice: Callable[[], object]) -> None:
+        self._on_notice = on_notice
+        self._heard, self._writes = os.pipe()
+        os.set_blocking(self._heard, False)
+        # A full pipe must not hold up the thread that the signal came to.
+        os.set_blocking(self._writes, False)
+        faulthandler.register(signal.SIGTERM, file=self._writes, all_threads=False)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._heard, self._on_signal)
+
+    def close(self) -> None:
+        faulthandler.unregister(signal.SIGTERM)
+        self._loop.remove_reader(self._heard)
+        os.close(self._heard)
+        os.close(self._writes)
+
+    def _on_signal(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._heard, 1 << 16):
+                pass
+        self._on_notice()
 
 
 def shares_of_cores(first: int, shares: int, count: int) -> list[int]:

@@ -25,12 +25,12 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.executor import Executor
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.wire import worker_pb2
 from workers.kv.codecs import CODEC_NAMES
-from workers.kv.connector import RECEIVE, SEND
+from workers.kv.connector import RECEIVE, SEND, connector_of_this_process
 from workers.kv.endpoint import KvEndpoint
 from workers.kv.frames import digest_tokens
 from workers.kv.inbox import Settled
@@ -69,6 +69,8 @@ class EngineListener(Protocol):
 
     def on_utility(self, client: int, call_id: int, output: UtilityOutput) -> None: ...
 
+    def on_moved(self, client: int, moved: worker_pb2.MovedOut) -> None: ...
+
     def on_failed(self, message: str) -> None: ...
 
 
@@ -81,6 +83,11 @@ class _Waiting:
     add: worker_pb2.AddRequest
     since_s: float
     deadline_at_s: float
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt, and the output so far: of a request that moves, the KV is of both."""
+        return [*(self.request.prompt_token_ids or ()), *self.add.resume_token_ids]
 
 
 @dataclass(slots=True)
@@ -158,6 +165,9 @@ class EngineHost:
     def hold(self, message: worker_pb2.HoldPrefix) -> None:
         """Keep what the prefix cache has of a prompt whose KV is about to come."""
         self._commands.put(lambda: self._hold(message))
+
+    def move_out(self, client: int, move: worker_pb2.MoveOut) -> None:
+        self._commands.put(lambda: self._move_out(client, move))
 
     def call(self, client: int, call_id: int, method: str, args: list[Any]) -> None:
         self._commands.put(lambda: self._call(client, call_id, method, args))
@@ -309,9 +319,7 @@ class EngineHost:
             whole = self._endpoint.inbox.peek(settled.transfer_id)
             if whole is None:
                 reason = "the transfer was dropped"
-            elif whole.prompt_digest != digest_tokens(
-                (waiting.request.prompt_token_ids or [])[: whole.tokens]
-            ):
+            elif whole.prompt_digest != digest_tokens(waiting.token_ids[: whole.tokens]):
                 reason = "the KV is of another prompt"
             elif whole.held_tokens and not self.held.holds(settled.transfer_id):
                 reason = "what the prefix cache had of the prompt was given away meanwhile"
@@ -410,6 +418,24 @@ class EngineHost:
                 self._endpoint.inbox.drop(adopt, "the request is aborted")
                 self._release(adopt)
         self.core.abort_requests(request_ids)
+
+    def _move_out(self, client: int, move: worker_pb2.MoveOut) -> None:
+        """Between two steps: all that was generated is on its way to the router."""
+        request = self.core.scheduler.requests.get(move.leg_id)
+        reason = "it is not here any more"
+        if request is not None:
+            reason = "it has not generated anything here"
+            # A step may be running, of the last known token: its KV is not there yet.
+            tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+            if request.status is RequestStatus.RUNNING and tokens >= request.num_prompt_tokens:
+                token_ids = list(request.all_token_ids[:tokens])
+                block_ids = self.core.scheduler.kv_cache_manager.get_block_ids(move.leg_id)[0]
+                connector_of_this_process().push_computed(move.send, token_ids, list(block_ids))
+                self.core.abort_requests([move.leg_id])
+                reason = ""
+        self._listener.on_moved(
+            client, worker_pb2.MovedOut(leg_id=move.leg_id, moved=not reason, reason=reason)
+        )
 
     def _finish(self, client: int, request_id: str, reason: FinishReason) -> None:
         output = EngineCoreOutput(request_id, [], finish_reason=reason)

@@ -53,6 +53,18 @@ class Registration:
         )
         self._changed.set()
 
+    def drain(self, until_unix_s: float) -> None:
+        """Routers see it at the next write, which is at once if Redis is there. One that drains
+        already may only be told to do it sooner."""
+        drains = self.record.state is WorkerState.DRAINING
+        sooner = drains and until_unix_s < self.record.drain_until_unix_s
+        if self.record.state is WorkerState.READY or sooner:
+            self.record = dataclasses.replace(
+                self.record, state=WorkerState.DRAINING, drain_until_unix_s=until_unix_s
+            )
+            self.draining.set()
+            self._changed.set()
+
     async def close(self) -> None:
         """Leave: routers see it at once, not when the lease runs out."""
         self._task.cancel()
@@ -70,8 +82,5 @@ class Registration:
             return
         asked = await self._membership.drain_asked(self.record.worker_id)
         if asked is not None and asked.incarnation == self.record.incarnation:
-            self.record = dataclasses.replace(
-                self.record, state=WorkerState.DRAINING, drain_until_unix_s=asked.until_unix_s
-            )
+            self.drain(asked.until_unix_s)
             await self._membership.put_worker(self.record)
-            self.draining.set()

@@ -42,6 +42,8 @@ class Engine(Protocol):
 
     def drop_transfer(self, transfer_id: str) -> None: ...
 
+    def move_out(self, client: int, move: worker_pb2.MoveOut) -> None: ...
+
     def call(self, client: int, call_id: int, method: str, args: list[Any]) -> None: ...
 
 
@@ -138,6 +140,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     self.engine.hold(message.hold)
                 elif kind == "tell_kv":
                     self.engine.tell_kv(link.client)
+                elif kind == "move":
+                    self.engine.move_out(link.client, message.move)
                 elif kind == "utility":
                     call = message.utility
                     args = msgspec.msgpack.decode(call.args)
@@ -178,6 +182,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         message = worker_pb2.FromEngine(utility=reply)
         self._loop.call_soon_threadsafe(self._send, client, message)
 
+    def on_moved(self, client: int, moved: worker_pb2.MovedOut) -> None:
+        self._loop.call_soon_threadsafe(self._send_moved, client, moved)
+
     def on_failed(self, message: str) -> None:
         self._loop.call_soon_threadsafe(self._fail, message)
 
@@ -212,6 +219,12 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         for client in list(self._links) if to is None else [to]:
             if client not in told:
                 self._send(client, worker_pb2.FromEngine(kv_events=kv_events))
+
+    def _send_moved(self, client: int, moved: worker_pb2.MovedOut) -> None:
+        link = self._links.get(client)
+        if link is not None and moved.moved:
+            link.request_ids.discard(moved.leg_id)
+        self._send(client, worker_pb2.FromEngine(moved=moved))
 
     def _send(self, client: int, message: worker_pb2.FromEngine) -> None:
         link = self._links.get(client)

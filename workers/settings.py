@@ -50,6 +50,8 @@ class WorkerSettings:
     lease_s: float = 2.4
     started_unix_s: float = 0.0
     """By the clock of whoever starts it: the later one of two starts is the member."""
+    preemption_notice_s: float = 0.0
+    """Told to end by SIGTERM, it drains for that long; 0: it ends at once. For members only."""
     pool: str = "prefill"
     node: str = ""
     placement_reason: str = ""

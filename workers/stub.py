@@ -71,6 +71,10 @@ class StubHost:
     def drop_transfer(self, transfer_id: str) -> None:
         """Nothing was transferred."""
 
+    def move_out(self, client: int, move: worker_pb2.MoveOut) -> None:
+        moved = worker_pb2.MovedOut(leg_id=move.leg_id, reason="a stub has no KV")
+        self._service.on_moved(client, moved)
+
     def call(self, client: int, call_id: int, method: str, args: list[Any]) -> None:
         self._service.on_utility(client, call_id, UtilityOutput(call_id))
 

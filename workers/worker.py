@@ -49,6 +49,7 @@ class Worker:
     endpoint_name: str
     registration: Registration | None
     watch: asyncio.Task[None] | None = None
+    noticed: bool = False
 
     @property
     def description(self) -> worker_pb2.WorkerDescription:
@@ -131,9 +132,22 @@ class Worker:
         await self.registration.draining.wait()
         # Until routers have read that it drains, they may place requests here.
         await asyncio.sleep(ROUTERS_NOTICE_S)
-        last_s = self.registration.record.drain_until_unix_s + MOVE_GRACE_S
-        while self.service.requests and time.time() < last_s:
+        while self.service.requests or self.endpoint.sender.transfers:
+            # Which a notice may have brought nearer.
+            if time.time() > self.registration.record.drain_until_unix_s + MOVE_GRACE_S:
+                return
             await asyncio.sleep(DRAIN_POLL_S)
+
+    def on_notice(self) -> bool:
+        """This process will be ended soon: drain. False if there is nothing to wait for, or if it
+        was told so before."""
+        notice_s = self.settings.preemption_notice_s
+        if self.registration is None or not notice_s or self.noticed:
+            return False
+        self.noticed = True
+        logger.warning("told to end: draining, %g s at most", notice_s)
+        self.registration.drain(time.time() + notice_s)
+        return True
 
     async def _watch(self) -> None:
         self.service.on_stuck(

@@ -11,12 +11,11 @@ import click
 from cluster.cli.options import config_options, flags_given
 from cluster.cli.redis_of import redis_of
 from cluster.config import BatonConfig, load_config
+from cluster.draining import GONE_WITHIN_S, NoSuchWorker, NotReady, ask_to_drain
 from cluster.errors import one_line
-from cluster.membership import REDIS_ERRORS, DrainRequest, Membership, WorkerState, open_redis
+from cluster.membership import REDIS_ERRORS, Membership, open_redis
 
 POLL_S = 0.25
-GONE_WITHIN_S = 30.0
-"""After the deadline, for the worker to end."""
 
 
 class Seconds(click.ParamType[float]):
@@ -43,8 +42,9 @@ class Seconds(click.ParamType[float]):
 def drain(worker: str, deadline: float, **flags: Any) -> None:
     """Take WORKER out without losing a request, and start it anew.
 
-    It gets no new requests. Those running there end, or go on elsewhere when the deadline has
-    passed. The controller then starts the worker again, elsewhere if its node is gone.
+    It gets no new requests. Those running there end, or go on elsewhere: with their KV shortly
+    before the deadline if that is cheaper than to compute it again, else at the deadline. The
+    controller then starts the worker again, elsewhere if its node is gone.
     """
     config = load_config(flags_given(flags))
     redis_url = redis_of(config)
@@ -58,15 +58,10 @@ async def _drain(config: BatonConfig, redis_url: str, worker: str, deadline_s: f
     client = open_redis(redis_url)
     membership = Membership(client, config.name, config.lease_s)
     try:
-        records = {record.worker_id: record for record in await membership.workers()}
-        record = records.get(worker)
-        if record is None:
-            known = ", ".join(records) or "none"
-            raise click.ClickException(f"no worker named {worker!r}; there are: {known}")
-        if record.state is not WorkerState.READY:
-            raise click.ClickException(f"{worker} is {record.state}, not ready")
-        request = DrainRequest(record.incarnation, time.time() + deadline_s)
-        await membership.ask_drain(worker, request, deadline_s + GONE_WITHIN_S)
+        try:
+            record = await ask_to_drain(membership, worker, deadline_s)
+        except (NoSuchWorker, NotReady) as error:
+            raise click.ClickException(str(error)) from error
         click.echo(f"{worker} drains, {deadline_s:g} s at most")
         give_up_s = time.monotonic() + deadline_s + GONE_WITHIN_S
         while any(r.incarnation == record.incarnation for r in await membership.workers()):

@@ -11,7 +11,7 @@ import click
 from cluster.cli.options import config_options
 from cluster.cli.redis_of import redis_of
 from cluster.cli.up import config_given
-from cluster.supervisor import router_command
+from cluster.supervisor import router_command, router_environment
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -26,4 +26,4 @@ def router(arguments: tuple[str, ...], **flags: Any) -> None:
     config = config_given(arguments, flags)
     redis_url = redis_of(config)
     command = router_command(config, redis_url, f"router-{secrets.token_hex(4)}", config.port)
-    os.execv(command[0], command)
+    os.execve(command[0], command, router_environment(config))

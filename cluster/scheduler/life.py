@@ -18,6 +18,8 @@ class Phase(enum.StrEnum):
     PREFILLING = "prefilling"
     HANDING_OVER = "handing_over"
     DECODING = "decoding"
+    MOVING = "moving"
+    """Still decoding, but told to stop and to send its KV."""
     DONE = "done"
 
 
@@ -85,6 +87,18 @@ class StartLocal:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveOut:
+    """Stop after the step that runs, pushing the KV to the receiver. The rest starts there with a
+    StartDecode, when the worker has told that it stopped."""
+
+    request_id: str
+    leg_id: str
+    worker: WorkerKey
+    receiver: WorkerKey
+    transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class CancelLeg:
     leg_id: str
     worker: WorkerKey
@@ -113,7 +127,16 @@ class FailRequest:
     """When it might be taken."""
 
 
-Action = StartPrefill | StartDecode | StartLocal | CancelLeg | DropTransfer | Deliver | FailRequest
+Action = (
+    StartPrefill
+    | StartDecode
+    | StartLocal
+    | MoveOut
+    | CancelLeg
+    | DropTransfer
+    | Deliver
+    | FailRequest
+)
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -198,7 +221,8 @@ class Life:
         assert self.leg is not None
         self.tokens.extend(token_ids)
         if finish is None:
-            if self.phase is not Phase.DECODING and token_ids and not self.leg.prefills_only:
+            waited = self.phase in (Phase.PREFILLING, Phase.HANDING_OVER)
+            if waited and token_ids and not self.leg.prefills_only:
                 self.phase = Phase.DECODING
             return [Deliver(self.ask.request_id, None)]
         context_tokens = self.ask.prompt_tokens + len(self.tokens)
@@ -217,6 +241,21 @@ class Life:
 
     def on_adopted(self, handed_over: bool) -> None:
         self.path = Path.HANDED_OVER if handed_over else Path.RECOMPUTED
+
+    def move_out(self, receiver: WorkerKey, id_suffix: str) -> MoveOut:
+        """Its worker will be gone before it ends: let its KV go to another one."""
+        assert self.leg is not None and self.phase is Phase.DECODING
+        self.transfer_id = f"{self.ask.request_id}.{self.attempts}m.{id_suffix}"
+        self.placement = Placement(self.leg.worker, receiver, "moved")
+        self.phase = Phase.MOVING
+        return MoveOut(
+            self.ask.request_id, self.leg.leg_id, self.leg.worker, receiver, self.transfer_id
+        )
+
+    def on_moved_out(self) -> StartDecode:
+        """Its leg has stopped, and its KV is on the way."""
+        assert self.phase is Phase.MOVING
+        return self._start_decode()
 
     def abort(self) -> list[Action]:
         """The client has left, or has what it wanted."""
@@ -270,7 +309,8 @@ class Life:
 
     def _release_transfer(self) -> list[Action]:
         """The decode worker frees a transfer by itself once the decode leg has come to it."""
-        if self.phase is Phase.PREFILLING and self.placement and self.placement.hands_over:
+        waits = self.phase in (Phase.PREFILLING, Phase.MOVING)
+        if waits and self.placement and self.placement.hands_over:
             return [DropTransfer(self.placement.decode, self.transfer_id)]
         return []
 

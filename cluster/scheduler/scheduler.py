@@ -7,11 +7,12 @@ from dataclasses import InitVar, dataclass, field, replace
 
 from cluster.scheduler.admission import Miss, meeting
 from cluster.scheduler.life import Action, CancelLeg, DropTransfer, Failure, Finish, Life, Phase
+from cluster.scheduler.moving import MoveCosts, leaving
 from cluster.scheduler.policies.scored import OUTPUT_TOKENS
 from cluster.scheduler.policy import Ask, Placement, PlacementPolicy
 from cluster.scheduler.prefixes import PrefixIndex
 from cluster.scheduler.queue import FairQueue
-from cluster.scheduler.rates import Rates
+from cluster.scheduler.rates import Learned, Rates
 from cluster.scheduler.view import NOTHING, ClusterView, PlacedLoad, WorkerKey, WorkerView
 
 LOSSES_MAX = 4
@@ -33,6 +34,7 @@ class _Charge:
     lends_prefill: bool
     lends_decode: bool
     since_s: float
+    """`prompt_tokens` is 0 for one that came with its KV from a draining worker."""
     adapter: str
 
 
@@ -60,6 +62,8 @@ class Scheduler:
     _now_s: float = 0.0
     """The latest time heard of."""
     _faded_at_s: float = 0.0
+    _kv_moves: Learned = field(default_factory=lambda: Learned(0.005, 1e-8))
+    """What it takes to send a running request's KV, by bytes."""
 
     def __post_init__(self, requests_max: int) -> None:
         self.view.requests_max = requests_max
@@ -129,9 +133,13 @@ class Scheduler:
         if life is not None:
             life.on_adopted(handed_over)
             charge = self._charges[life.ask.request_id]
-            if decode := self.view.workers.get(charge.decode):
+            decode = self.view.workers.get(charge.decode)
+            if decode is not None and charge.prompt_tokens:
                 kv_bytes = charge.prompt_tokens * decode.kv_bytes_per_token
                 decode.rates.exposed.learn(kv_bytes, exposed_s)
+            elif decode is not None:
+                kv_bytes = charge.decode_tokens * decode.kv_bytes_per_token
+                self._kv_moves.learn(kv_bytes, exposed_s)
         return life
 
     def on_abort(self, request_id: str) -> list[Action]:
@@ -156,10 +164,7 @@ class Scheduler:
         for life in [life for life in self.lives.values() if life.depends_on(key)]:
             life.losses += 1
             actions.extend(self._move(life))
-        # What was to be said to the lost worker is said to nobody.
-        return [
-            a for a in actions if not (isinstance(a, CancelLeg | DropTransfer) and a.worker == key)
-        ]
+        return actions
 
     def on_drain_deadline(self, key: WorkerKey, now_s: float) -> list[Action]:
         """What still runs on a draining worker goes on elsewhere."""
@@ -181,6 +186,45 @@ class Scheduler:
     def on_adapter_removed(self, name: str) -> None:
         for worker in self.view.workers.values():
             worker.adapters.drop(name)
+
+    def on_draining(self, key: WorkerKey, left_s: float, now_s: float) -> list[Action]:
+        """What a draining worker's requests are to do, `left_s` before its deadline. To be asked
+        again and again."""
+        worker = self.view.workers.get(key)
+        if worker is None or not worker.draining:
+            return []
+        if left_s <= 0:
+            return self.on_drain_deadline(key, now_s)
+        costs: dict[str, MoveCosts] = {}
+        for request_id, life in self.lives.items():
+            there = life.leg is not None and life.leg.worker == key
+            if there and life.phase is Phase.DECODING and life.ask.can_hand_over:
+                placement = self._elsewhere(life, worker)
+                if placement is not None:
+                    costs[request_id] = self._move_costs(life, worker, placement)
+        actions: list[Action] = []
+        for life in map(self.lives.__getitem__, leaving(left_s, costs)):
+            # Asked again, for those that have left before count where they went.
+            placement = self._elsewhere(life, worker)
+            if placement is not None:
+                actions.append(self._move_out(life, placement.decode))
+        return actions
+
+    def on_moved_out(self, leg_id: str, moved: bool, now_s: float) -> list[Action]:
+        """A leg has stopped, with its KV on the way; or it has nothing to move and runs on."""
+        life = self._by_leg.get(leg_id)
+        if life is None or life.phase is not Phase.MOVING:
+            return []
+        assert life.placement is not None
+        if moved and life.placement.decode in self.view.workers:
+            del self._by_leg[leg_id]
+            started = life.on_moved_out()
+            self._by_leg[started.leg_id] = life
+            return [started]
+        self._now_s = now_s
+        actions = self._move(life)
+        # Nobody has to be told to stop what has stopped.
+        return [a for a in actions if not isinstance(a, CancelLeg)] if moved else actions
 
     def on_load(
         self, key: WorkerKey, running: int, waiting: int, kv_usage: float, inbox_bytes: int = 0
@@ -238,13 +282,18 @@ class Scheduler:
 
     # --- inside -------------------------------------------------------------------------------
 
+    def _ask(self, life: Life) -> Ask:
+        """With what workers hold of it already."""
+        ask = life.remaining()
+        if ask.blocks is not None and (held := self.prefixes.held_tokens(ask.blocks)):
+            return replace(ask, held_tokens=held)
+        return ask
+
     def _place(self, life: Life, keeps_promise: bool = False) -> list[Action] | None:
         """None: it has to wait. `keeps_promise`: rather than miss its targets, it fails."""
-        ask = life.remaining()
-        if self.view.is_crowded(ask.tokens_to_compute):
+        if self.view.is_crowded(life.remaining().tokens_to_compute):
             return None
-        if ask.blocks is not None and (held := self.prefixes.held_tokens(ask.blocks)):
-            ask = replace(ask, held_tokens=held)
+        ask = self._ask(life)
         placement = self.policy_of(life).place(ask, self.view)
         if placement is None:
             return None
@@ -315,6 +364,51 @@ class Scheduler:
             return []
         return self._place_queued(tries=FILL_TRIES)
 
+    def _to_nobody(self, action: Action) -> bool:
+        """What was to be said to a lost worker."""
+        if isinstance(action, CancelLeg | DropTransfer):
+            return action.worker not in self.view.workers
+        return False
+
+    def _elsewhere(self, life: Life, worker: WorkerView) -> Placement | None:
+        """Where it would be placed now, if its worker's KV is right there."""
+        placement = self.policy_of(life).place(self._ask(life), self.view)
+        if placement is None or self.view.workers[placement.decode].model != worker.model:
+            return None
+        return placement
+
+    def _move_costs(self, life: Life, worker: WorkerView, placement: Placement) -> MoveCosts:
+        tokens = life.ask.prompt_tokens + len(life.tokens)
+        prefill = self.view.workers[placement.prefill]
+        again = self._ask(life).tokens_to_compute_on(prefill)
+        step_s = worker.rates.step.predict_s(worker.decodes)
+        return MoveCosts(
+            kv_s=self._kv_moves.predict_s(tokens * worker.kv_bytes_per_token),
+            recompute_s=prefill.prefill_wait_s + prefill.rates.prefill.predict_s(again),
+            ends_s=life.tokens_left * step_s,
+        )
+
+    def _move_out(self, life: Life, receiver: WorkerKey) -> Action:
+        """Its load counts at the receiver from now on, for nobody is placed where it leaves."""
+        self._refund(life)
+        tokens = life.ask.prompt_tokens + len(life.tokens)
+        worker = self.view.workers[receiver]
+        worker.decode_tokens += tokens
+        worker.decodes += 1
+        self._charges[life.ask.request_id] = _Charge(
+            prefill=None,
+            decode=receiver,
+            prompt_tokens=0,
+            decode_tokens=tokens,
+            lends_prefill=False,
+            lends_decode=False,
+            since_s=self._now_s,
+            adapter=life.ask.adapter,
+        )
+        if life.ask.adapter:
+            worker.adapters.use(life.ask.adapter)
+        return life.move_out(receiver, self.new_id())
+
     def _move(self, life: Life) -> list[Action]:
         assert life.leg is not None
         self._by_leg.pop(life.leg.leg_id, None)
@@ -322,7 +416,7 @@ class Scheduler:
         if life.losses >= LOSSES_MAX:
             reason = f"it lost its worker {life.losses} times"
             return self._forget(life, life.fail(reason))
-        actions = life.unplace()
+        actions = [action for action in life.unplace() if not self._to_nobody(action)]
         placed = self._place(life)
         if placed is None:
             # Before all others: its client has been served already.
@@ -334,7 +428,7 @@ class Scheduler:
         self.lives.pop(life.ask.request_id, None)
         self._by_leg.pop(life.last_leg_id, None)
         self._queue.remove(life.ask.request_id)
-        return actions
+        return [action for action in actions if not self._to_nobody(action)]
 
     def _refund(self, life: Life) -> None:
         charge = self._charges.pop(life.ask.request_id, None)

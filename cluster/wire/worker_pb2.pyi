@@ -99,7 +99,7 @@ class Fingerprint(_message.Message):
     def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., weights: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., vllm_version: _Optional[str] = ..., baton_version: _Optional[str] = ...) -> None: ...
 
 class ToEngine(_message.Message):
-    __slots__ = ("number", "add", "abort", "utility", "drop", "tell_kv", "hold")
+    __slots__ = ("number", "add", "abort", "utility", "drop", "tell_kv", "hold", "move")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     ADD_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class ToEngine(_message.Message):
     DROP_FIELD_NUMBER: _ClassVar[int]
     TELL_KV_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
     number: int
     add: AddRequest
     abort: AbortRequests
@@ -114,7 +115,8 @@ class ToEngine(_message.Message):
     drop: DropTransfer
     tell_kv: TellKv
     hold: HoldPrefix
-    def __init__(self, number: _Optional[int] = ..., add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ..., tell_kv: _Optional[_Union[TellKv, _Mapping]] = ..., hold: _Optional[_Union[HoldPrefix, _Mapping]] = ...) -> None: ...
+    move: MoveOut
+    def __init__(self, number: _Optional[int] = ..., add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ..., tell_kv: _Optional[_Union[TellKv, _Mapping]] = ..., hold: _Optional[_Union[HoldPrefix, _Mapping]] = ..., move: _Optional[_Union[MoveOut, _Mapping]] = ...) -> None: ...
 
 class AddRequest(_message.Message):
     __slots__ = ("leg_id", "request", "send", "receive", "resume_token_ids")
@@ -180,6 +182,14 @@ class HoldPrefix(_message.Message):
     request: _containers.RepeatedScalarFieldContainer[bytes]
     def __init__(self, transfer_id: _Optional[str] = ..., request: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
+class MoveOut(_message.Message):
+    __slots__ = ("leg_id", "send")
+    LEG_ID_FIELD_NUMBER: _ClassVar[int]
+    SEND_FIELD_NUMBER: _ClassVar[int]
+    leg_id: str
+    send: SendKv
+    def __init__(self, leg_id: _Optional[str] = ..., send: _Optional[_Union[SendKv, _Mapping]] = ...) -> None: ...
+
 class UtilityCall(_message.Message):
     __slots__ = ("call_id", "method", "args")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
@@ -191,20 +201,22 @@ class UtilityCall(_message.Message):
     def __init__(self, call_id: _Optional[int] = ..., method: _Optional[str] = ..., args: _Optional[bytes] = ...) -> None: ...
 
 class FromEngine(_message.Message):
-    __slots__ = ("number", "outputs", "utility", "adopted", "failed", "kv_events")
+    __slots__ = ("number", "outputs", "utility", "adopted", "failed", "kv_events", "moved")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     UTILITY_FIELD_NUMBER: _ClassVar[int]
     ADOPTED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     number: int
     outputs: StepOutputs
     utility: UtilityReply
     adopted: Adopted
     failed: EngineFailed
     kv_events: KvEvents
-    def __init__(self, number: _Optional[int] = ..., outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., utility: _Optional[_Union[UtilityReply, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ...) -> None: ...
+    moved: MovedOut
+    def __init__(self, number: _Optional[int] = ..., outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., utility: _Optional[_Union[UtilityReply, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., moved: _Optional[_Union[MovedOut, _Mapping]] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
     __slots__ = ("outputs", "load", "kv_events")
@@ -269,6 +281,16 @@ class Adopted(_message.Message):
     instead_of: str
     layers: int
     def __init__(self, request_id: _Optional[str] = ..., handed_over: _Optional[bool] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., held_tokens: _Optional[int] = ..., credit_wait_s: _Optional[float] = ..., first_layer_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., transport: _Optional[str] = ..., codec: _Optional[str] = ..., instead_of: _Optional[str] = ..., layers: _Optional[int] = ...) -> None: ...
+
+class MovedOut(_message.Message):
+    __slots__ = ("leg_id", "moved", "reason")
+    LEG_ID_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    leg_id: str
+    moved: bool
+    reason: str
+    def __init__(self, leg_id: _Optional[str] = ..., moved: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class EngineFailed(_message.Message):
     __slots__ = ("message",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -19,7 +20,9 @@ import httpx
 import openai
 import pytest
 
+from cluster import run_file
 from cluster.config import BUNDLED_MODEL_NAME
+from cluster.membership import Membership, open_redis
 from tests.processes import (
     Process,
     free_port,
@@ -248,7 +251,7 @@ def test_killed_or_frozen_worker_comes_back(running: Up, signum: signal.Signals)
 
 
 def test_drain_of_every_worker_under_load_fails_no_request(running: Up) -> None:
-    """A rolling restart: each answer stays the one it was before."""
+    """A rolling restart, and a worker that is told to end: each answer stays the one it was."""
     rng = random.Random(5)
     prompts = [recall_prompt(rng, 30)[0] for _ in range(8)]
 
@@ -288,6 +291,8 @@ def test_drain_of_every_worker_under_load_fails_no_request(running: Up) -> None:
             drained = running.command("drain", worker, "--deadline", "1s")
             assert drained.returncode == 0, drained.stderr
             wait_until(lambda: ready_workers(running) == 2, READY_WITHIN_S, running.process)
+        states = asyncio.run(told_to_end(running, "prefill-0"))
+        assert states[:1] == ["draining"] and "failed" not in states, states
     finally:
         stop.set()
         for thread in threads:
@@ -300,6 +305,28 @@ def is_alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return (Path("/proc") / str(pid) / "stat").read_text().split(") ")[-1][0] not in "ZX"
     return False
+
+
+async def told_to_end(running: Up, worker_id: str) -> list[str]:
+    """The states of a worker from SIGTERM until it is ready again."""
+    run = run_file.running(running.name)
+    assert run is not None
+    client = open_redis(run.redis_url)
+    membership = Membership(client, running.name, run.lease_s)
+    (first,) = [w for w in await membership.workers() if w.worker_id == worker_id]
+    os.kill(first.pid, signal.SIGTERM)
+    states: list[str] = []
+    deadline = time.monotonic() + READY_WITHIN_S
+    while "ready" not in states and time.monotonic() < deadline:
+        for record in await membership.workers():
+            mine = record.worker_id == worker_id
+            started = record.incarnation != first.incarnation or record.state != first.state
+            if mine and started and states[-1:] != [record.state.value]:
+                states.append(record.state.value)
+        await asyncio.sleep(0.05)
+    await client.aclose()
+    assert "ready" in states, running.process.output()
+    return states
 
 
 def ready_workers(running: Up) -> int:

@@ -12,6 +12,7 @@ from cluster.scheduler.life import (
     DropTransfer,
     FailRequest,
     Finish,
+    MoveOut,
     Phase,
     StartDecode,
     StartLocal,
@@ -38,6 +39,8 @@ class Placed:
     """Whether the prefill worker and the decode worker do the other pool's work with it."""
     transfer_id: str = ""
     """Until a decode leg claims it."""
+    moving: bool = False
+    """Its leg was told to stop and to send its KV to `decode`, and has not answered."""
     computing: bool = True
     """Its first leg has said nothing yet."""
     heard_at_s: float = 0.0
@@ -91,6 +94,8 @@ class Books:
         match action:
             case StartPrefill() | StartDecode() | StartLocal():
                 self._check_start(action, now_s)
+            case MoveOut():
+                self._check_move(action)
             case CancelLeg():
                 self._check_cancel(action)
             case DropTransfer():
@@ -111,6 +116,14 @@ class Books:
             if client.placed is not None and client.placed.leg_id == leg_id:
                 client.placed.heard_at_s = now_s
 
+    def on_moved_out(self, leg_id: str, moved: bool) -> None:
+        """It has stopped, or it will not move."""
+        for client in self.clients.values():
+            if client.placed is not None and client.placed.leg_id == leg_id:
+                client.placed.moving = False
+                if moved:
+                    client.placed.leg_id = ""
+
     def on_records(self, records: list[WorkerRecord]) -> None:
         """The router has read the membership."""
         self._draining = {key_of(r) for r in records if r.state is WorkerState.DRAINING}
@@ -124,7 +137,8 @@ class Books:
             placed = client.placed
             if placed is None:
                 continue
-            if placed.leg_worker == key or (placed.transfer_id and placed.decode == key):
+            awaited = placed.transfer_id and placed.decode == key and not placed.moving
+            if placed.leg_worker == key or awaited:
                 client.losses += 1
             if placed.decode == key:
                 placed.transfer_id = ""
@@ -168,7 +182,7 @@ class Books:
                 raise Violation(f"{action.leg_id} hands over to its own worker")
             client.placed.transfer_id = action.transfer_id
 
-    def _check_worker(self, action: Start, key: WorkerKey) -> None:
+    def _check_worker(self, action: Start | MoveOut, key: WorkerKey) -> None:
         if key not in self._models:
             raise Violation(f"{action.leg_id} is placed on {key}, which is gone")
         if key in self._draining and not isinstance(action, StartDecode):
@@ -192,6 +206,18 @@ class Books:
         placed.transfer_id = ""
         placed.leg_id, placed.leg_worker = action.leg_id, action.worker
         placed.heard_at_s = now_s
+
+    def _check_move(self, action: MoveOut) -> None:
+        placed = self.clients[action.request_id].placed
+        if placed is None or (placed.leg_id, placed.leg_worker) != (action.leg_id, action.worker):
+            raise Violation(f"{action.leg_id} is to move, and does not run there")
+        if placed.transfer_id or placed.computing:
+            raise Violation(f"{action.leg_id} is to move, and has no KV yet")
+        if action.worker not in self._draining:
+            raise Violation(f"{action.leg_id} is to leave {action.worker}, which does not drain")
+        self._check_worker(action, action.receiver)
+        placed.prefill, placed.decode = action.worker, action.receiver
+        placed.transfer_id, placed.lends, placed.moving = action.transfer_id, (False, False), True
 
     def _check_cancel(self, action: CancelLeg) -> None:
         for client in self.clients.values():
@@ -263,6 +289,8 @@ class Books:
                 continue
             running += 1
             needed = [placed.decode, *([placed.prefill] if placed.computing else [])]
+            if placed.moving:
+                needed = [placed.leg_worker]
             if any(key not in loads for key in needed):
                 raise Violation(f"{request_id} still needs one of {needed}, which is gone")
             if placed.computing:
@@ -271,6 +299,8 @@ class Books:
                 load[1] += placed.context_tokens if placed.prefill == placed.decode else 0
                 load[2] += 1
                 load[5] += placed.lends[0]
+            if placed.moving and placed.decode not in loads:
+                continue
             load = loads[placed.decode]
             load[3] += 1
             load[4] += client.spec.prompt_tokens + len(client.tokens)

@@ -12,6 +12,7 @@ from cluster.scheduler.life import (
     CancelLeg,
     Deliver,
     DropTransfer,
+    MoveOut,
     StartDecode,
     StartLocal,
     StartPrefill,
@@ -27,7 +28,7 @@ from tests.simulation.network import Stream
 from tests.simulation.redis import LEASE_S
 from tests.simulation.requests import Spec
 from tests.simulation.timeline import Node
-from tests.simulation.worker import REDIS_DEADLINE_S, Adopted, Output
+from tests.simulation.worker import REDIS_DEADLINE_S, Adopted, MovedOut, Output
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -37,7 +38,7 @@ EXCHANGE_EVERY_S = 0.3
 DESCRIBE_DEADLINE_S = 3.0
 KV_TOKENS = 2000
 LAPSED = "its lease ran out"
-Said = StartPrefill | StartDecode | StartLocal | CancelLeg | DropTransfer
+Said = StartPrefill | StartDecode | StartLocal | MoveOut | CancelLeg | DropTransfer
 """Actions that are messages to a worker."""
 
 
@@ -125,6 +126,8 @@ class SimRouter(Node):
             if key in self.links:
                 self.world.check_lapse(self, self.links[key].worker)
                 self.lose(self.links[key], LAPSED)
+        for key, left_s in steps.draining.items():
+            self._carry_out(self.scheduler.on_draining(key, left_s, now_s))
         for key in steps.evacuate:
             self.timeline.note("evacuate", self.name, key)
             self._count_phases("moved while", key)
@@ -217,6 +220,14 @@ class SimRouter(Node):
         match message:
             case Output():
                 self._on_output(stream, message)
+            case MovedOut():
+                known = self.scheduler.life_of_leg(message.leg_id) is not None
+                what = "moved" if message.moved else "moved nothing"
+                self.timeline.note(what, message.leg_id, "" if known else "late")
+                if known:
+                    self.books.on_moved_out(message.leg_id, message.moved)
+                now_s = self.timeline.now_s
+                self._carry_out(self.scheduler.on_moved_out(message.leg_id, message.moved, now_s))
             case Adopted():
                 life = self.scheduler.on_adopted(message.leg_id, message.whole, message.exposed_s)
                 known = life is not None

@@ -129,6 +129,16 @@ class LeavesRequestsOnDrainedWorkers(Scheduler):
         return []
 
 
+class LosesWhatMoved(Scheduler):
+    def on_moved_out(self, leg_id: str, moved: bool, now_s: float) -> list[Action]:
+        return []
+
+
+class CountsMovesWhereTheyLeave(Scheduler):
+    def _move_out(self, life: Life, receiver: WorkerKey) -> Action:
+        return life.move_out(receiver, self.new_id())
+
+
 class CountsLegsForItself(Scheduler):
     """As no other router and no restart knows of."""
 
@@ -295,6 +305,8 @@ SCHEDULERS: list[tuple[type[Scheduler], str]] = [
     (KeepsLostWorkers, "which is gone"),
     (TakesDrainsForLosses, "fails after"),
     (LeavesRequestsOnDrainedWorkers, "whose drain is over"),
+    (LosesWhatMoved, "lost its place"),
+    (CountsMovesWhereTheyLeave, "load of"),
     (CountsLegsForItself, "starts twice"),
 ]
 POLICIES = [

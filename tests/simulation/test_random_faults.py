@@ -30,6 +30,7 @@ HAPPENINGS = (
     *(f"cut {ends}" for ends in ("router-worker", "worker-worker", "redis-worker", "redis-router")),
     *("message lost", "message repeated", "message overtaken", "gap", "ignored twin"),
     *("KV lost", "KV repeated", "KV overtaken", "late output", "adopted", "recomputed", "swept"),
+    *("MoveOut", "moved"),
     *("StartPrefill", "StartDecode", "StartLocal", "CancelLeg", "DropTransfer", "FailRequest"),
     *(f"{what} {phase}" for what in ("output", "lost while", "moved while") for phase in NEEDING),
     *(f"{what} {p}" for what in ("left while", "router ended while") for p in (*NEEDING, "queued")),

@@ -13,6 +13,7 @@ from cluster.scheduler.life import (
     CancelLeg,
     DropTransfer,
     Finish,
+    MoveOut,
     StartDecode,
     StartLocal,
     StartPrefill,
@@ -57,6 +58,12 @@ class Adopted:
     exposed_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class MovedOut:
+    leg_id: str
+    moved: bool
+
+
 @dataclass(slots=True, eq=False)
 class SimLeg:
     leg_id: str
@@ -74,6 +81,7 @@ class SimLeg:
     """The transfer that it claims, until that is settled."""
     adopts: str = ""
     """The transfer whose KV it loads with its first step."""
+    generated: bool = False
 
 
 class SimWorker(Node):
@@ -124,6 +132,8 @@ class SimWorker(Node):
             case StartLocal():
                 leg = self._add(stream, message)
                 self._later(0.02, 1.0, leg, lambda: self._generate(leg))
+            case MoveOut():
+                self._move_out(stream, message)
             case CancelLeg():
                 left = self._remove(message.leg_id)
                 if left and self.timeline.chance(self.world.faults.answered_cancels):
@@ -256,6 +266,22 @@ class SimWorker(Node):
         self.inbox.expect(action.transfer_id, tuple(action.sender), settled)
         self._later(ADOPT_DEADLINE_S, ADOPT_DEADLINE_S, leg, expire)
 
+    def _move_out(self, stream: Stream, action: MoveOut) -> None:
+        leg = self.legs.get(action.leg_id)
+        if leg is None or not leg.generated:
+            stream.to_router(MovedOut(action.leg_id, False))
+            return
+        del self.legs[leg.leg_id]
+        # The last token's KV would come with the next step.
+        tokens = leg.spec.prompt_tokens + leg.position - 1
+        push = Push(self, action.receiver, action.transfer_id, leg.spec.text, tokens)
+        if self.timeline.chance(self.world.faults.failed_transfers):
+            push.abort("more waits to be sent than may")
+        else:
+            push.send(0, tokens)
+            push.finish()
+        stream.to_router(MovedOut(action.leg_id, True))
+
     def _settled(self, leg: SimLeg, how: Settled) -> None:
         transfer_id, leg.waits_for = leg.waits_for, ""
         whole = self.inbox.peek(transfer_id) if how.whole else None
@@ -284,6 +310,7 @@ class SimWorker(Node):
         finish = None
         if timeline.chance(self.world.faults.engine_errors):
             finish = Finish.ERROR
+        leg.generated = True
         for _ in range(0 if finish else timeline.random.randint(1, 3)):
             tokens.append(token_at(leg.spec.text, leg.position))
             leg.position += 1

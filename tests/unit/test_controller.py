@@ -20,6 +20,7 @@ SETTINGS = ControllerSettings(
     redis_url="redis://127.0.0.1:1/0",
     lease_s=2.4,
     stuck_after_s=30,
+    preemption_notice_s=25,
     model_path="m",
     vllm_args={"prefill": [], "decode": []},
     tensor_parallel={"prefill": 1, "decode": 1},

@@ -42,7 +42,7 @@ def test_a_new_start_takes_the_place_of_the_old() -> None:
 def test_drains_and_pools_are_taken_over() -> None:
     view = view_of(READY)
     worker = view.workers[key_of(READY)]
-    assert follow([DRAINING], view, (), 49.0) == NOTHING
+    assert follow([DRAINING], view, (), 49.0) == Steps([], [], [], {key_of(READY): 1.0})
     assert worker.draining and worker.pool is Pool.DECODE
     assert follow([DRAINING], view, (), 51.0) == Steps([], [], [key_of(READY)])
     prefill = WorkerRecord("w", "i1", Pool.PREFILL, WorkerState.READY)

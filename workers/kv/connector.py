@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -258,6 +259,13 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         failed, self._failed_block_ids = self._failed_block_ids, set()
         return failed
 
+    def push_computed(
+        self, send: worker_pb2.SendKv, token_ids: list[int], block_ids: list[int]
+    ) -> None:
+        """Push the KV of a request that runs, between two steps: prompt and output alike."""
+        self._endpoint.begin(send.transfer_id)
+        self._push_all(Save(send, token_ids, block_ids, 0, len(token_ids), overlaps=False))
+
     def _step(self) -> StepHandoffs:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepHandoffs)
@@ -331,6 +339,13 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
             parts_first=kv.first_token,
             heads=slice(first_head, first_head + kv.heads),
         )
+
+
+def connector_of_this_process() -> BatonConnector:
+    """The one in the model runner, which has the cache."""
+    connector = get_kv_transfer_group()
+    assert isinstance(connector, BatonConnector)
+    return connector
 
 
 def _bytes_of(payload: torch.Tensor) -> memoryview:
