@@ -14,6 +14,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,13 +89,16 @@ class Group:
         return wait
 
     def receive(self, sizes_bytes: Sequence[int]) -> Iterator[memoryview]:
+        """Ready to take them from now on; each is waited for when it is asked for."""
         posted = []
         for size_bytes in sizes_bytes:
             tensor = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
             posted.append((self._group.recv([tensor], SENDER_RANK, 0), tensor))
-        for work, tensor in posted:
-            self._wait(work)
-            yield tensor.cpu().numpy().data
+        return (self._received(work, tensor) for work, tensor in posted)
+
+    def _received(self, work: Any, tensor: torch.Tensor) -> memoryview:
+        self._wait(work)
+        return tensor.cpu().numpy().data
 
     def _wait(self, work: Any) -> None:
         if self._device.type != "cuda":
@@ -227,8 +231,7 @@ class IncomingGroup:
         reason = "the sender left the group"
         try:
             group = Group(self._store, RECEIVER_RANK, self._place)
-            while (headers := self._announced.get()) is not None:
-                self._take(group, headers)
+            self._take_all(group)
         except Exception as error:
             reason = f"the group broke: {str(error).partition(chr(10))[0]}"
             logger.warning("%s", reason)
@@ -236,14 +239,33 @@ class IncomingGroup:
             self._inbox.fail(transfer_id, reason)
         self._on_end()
 
-    def _take(self, group: Group, announced: Sequence[bytes]) -> None:
+    def _take_all(self, group: Group) -> None:
+        """Until the end of the stream. What is announced is received while what came before it is
+        checked."""
+        coming: deque[Iterator[Frame]] = deque()
+        while True:
+            try:
+                announced = self._announced.get(block=not coming)
+                if announced is None:
+                    return
+                coming.append(self._frames(group, announced))
+            except queue.Empty:
+                frame = next(coming[0], None)
+                if frame is None:
+                    coming.popleft()
+                else:
+                    self._take_frame(frame)
+
+    def _frames(self, group: Group, announced: Sequence[bytes]) -> Iterator[Frame]:
         headers = [decode_header(encoded) for encoded in announced]
         sizes = [size_bytes for _, size_bytes in headers if size_bytes]
         if any(size_bytes > PAYLOAD_BYTES_MAX for size_bytes in sizes):
             raise BadFrame(f"a payload of {max(sizes)} bytes")
         payloads = group.receive(sizes)
-        for header, size_bytes in headers:
-            self._take_frame(Frame(header, next(payloads) if size_bytes else memoryview(b"")))
+        return (
+            Frame(header, next(payloads) if size_bytes else memoryview(b""))
+            for header, size_bytes in headers
+        )
 
     def _take_frame(self, frame: Frame) -> None:
         transfer_id = frame.header.transfer_id
