@@ -13,7 +13,7 @@ from tests.processes import Cluster, metrics, running_cluster
 
 WORKER_ARGS = {
     "prefill-0": ["--block-size", "32", "--max-num-batched-tokens", "80"],
-    "decode-0": ["--block-size", "16", "--max-num-batched-tokens", "150"],
+    "decode-1": ["--block-size", "64", "--max-num-batched-tokens", "150"],
 }
 LENGTHS = [2, 17, 80, 81, 130, 257, 480]
 
