@@ -57,6 +57,7 @@ def up(folder: Path, *arguments: str) -> Iterator[Up]:
     command = [*BATON, "up", *arguments, "--port", str(port), "--name", name]
     process = spawn("up", command, folder, environment)
     url = f"http://127.0.0.1:{port}"
+    before = os.environ.get("XDG_RUNTIME_DIR")
     os.environ["XDG_RUNTIME_DIR"] = str(folder)
     try:
         wait_until(lambda: "Serving " in process.output(), READY_WITHIN_S, process)
@@ -64,6 +65,11 @@ def up(folder: Path, *arguments: str) -> Iterator[Up]:
         yield Up(process, name, url)
     finally:
         process.stop()
+        # Later tests have folders of their own.
+        if before is None:
+            del os.environ["XDG_RUNTIME_DIR"]
+        else:
+            os.environ["XDG_RUNTIME_DIR"] = before
 
 
 def wait_until(condition: Callable[[], bool], within_s: float, process: Process) -> None:
