@@ -70,6 +70,15 @@ def spawn(
     return Process(name, popen, log)
 
 
+def shared_memories(pid: int) -> int:
+    """KV transfers whose payloads a process keeps where others can map them."""
+    targets = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            targets.append(str(fd.readlink()))
+    return sum("baton-kv" in target for target in targets)
+
+
 def http_status(url: str) -> int | None:
     """None when nothing answers."""
     try:
@@ -230,7 +239,10 @@ def running_cluster(
         try:
             for index, pool in enumerate(["prefill"] * prefill + ["decode"] * decode):
                 module = prefill_module if pool == "prefill" else "workers"
-                cluster.start_worker(f"{pool}-{index}", pool, [cores[index % len(cores)]], module)
+                cpu_ids = [cores[index % len(cores)]]
+                if "--tensor-parallel-size" in cluster.worker_args.get(f"{pool}-{index}", []):
+                    cpu_ids = cores
+                cluster.start_worker(f"{pool}-{index}", pool, cpu_ids, module)
             cluster.start_router()
             wait_until_serving(cluster.url, *cluster.processes())
             wait_for_workers(cluster, prefill + decode)

@@ -185,7 +185,12 @@ class EngineHost:
 
     def _run(self) -> None:
         try:
-            core = EngineCore(self._config, Executor.get_class(self._config), log_stats=True)
+            core = EngineCore(
+                self._config,
+                Executor.get_class(self._config),
+                log_stats=True,
+                executor_fail_callback=lambda: self._commands.put(self._rank_ended),
+            )
             self._core = core
             self._kv_events = KvEventCollector.install(core)
             self._held = HeldPrefixes(core)
@@ -202,6 +207,10 @@ class EngineHost:
             self._listener.on_failed(f"{type(error).__name__}: {error}")
         finally:
             core.shutdown()
+
+    @staticmethod
+    def _rank_ended() -> None:
+        raise RuntimeError("a process of a tensor-parallel rank has ended")
 
     def _step(self, core: EngineCore) -> None:
         busy = core.scheduler.has_requests() or bool(core.batch_queue)

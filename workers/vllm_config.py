@@ -21,6 +21,7 @@ from cluster.vllm_args import parse_vllm_args
 from cluster.wire import worker_pb2
 from workers.kv.endpoint import ENDPOINT_KEY
 from workers.kv.inbox import KvGeometry
+from workers.kv.ranks import part_of
 from workers.kv_events import events_config
 
 WEIGHT_SAMPLE_BYTES = 1 << 20
@@ -37,11 +38,13 @@ def engine_config(vllm_args: Sequence[str], endpoint: str) -> VllmConfig:
         UnsupportedModel, and whatever vLLM raises for a bad model or value.
     """
     args = AsyncEngineArgs.from_cli_args(parse_vllm_args(vllm_args))
-    if args.tensor_parallel_size > 1 or args.pipeline_parallel_size > 1:
+    if args.pipeline_parallel_size > 1:
         raise UnsupportedModel(
-            "--tensor-parallel-size and --pipeline-parallel-size above 1 are not supported yet: "
-            "a worker's engine runs in one process"
+            "--pipeline-parallel-size above 1 is not supported: use --tensor-parallel-size"
         )
+    if args.tensor_parallel_size > 1:
+        # On the worker's node, whoever started it: Ray would place ranks elsewhere.
+        args.distributed_executor_backend = "mp"
     args.kv_transfer_config = KVTransferConfig(
         kv_connector="BatonConnector",
         kv_connector_module_path="workers.kv.connector",
@@ -57,16 +60,21 @@ def engine_config(vllm_args: Sequence[str], endpoint: str) -> VllmConfig:
             f"{model.model}: only models whose every layer keeps keys and values of all tokens "
             "can be handed over (no Mamba, MLA or encoder-decoder models yet)"
         )
+    try:
+        part_of(model.get_total_num_kv_heads(), args.tensor_parallel_size, rank=0)
+    except ValueError as error:
+        raise UnsupportedModel(f"{model.model}: {error}") from error
     return config
 
 
 def geometry(config: VllmConfig) -> KvGeometry:
+    """Of all KV heads, on however many ranks they are."""
     model, parallel = config.model_config, config.parallel_config
     dtype = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)
     return KvGeometry(
         layers=model.get_num_layers(parallel),
         first_head=0,
-        heads=model.get_num_kv_heads(parallel),
+        heads=model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),
         element_bytes=torch.empty(0, dtype=dtype).element_size(),
     )

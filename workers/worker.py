@@ -17,12 +17,14 @@ from cluster.membership import WorkerState
 from cluster.vllm_blocks import engine_probe
 from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
 from workers.engine import EngineHost
+from workers.environment import bind_ranks
 from workers.health import until_stuck
 from workers.kv.codecs import CODECS
 from workers.kv.collective import Place
 from workers.kv.endpoint import KvEndpoint, publish, withdraw
 from workers.kv.inbox import Inbox
-from workers.kv.sender import Identity, Sender, Sent
+from workers.kv.ranks import RANKS_KEY, RankSettings
+from workers.kv.sender import Identity, Sender, log_undelivered
 from workers.kv.service import KvInboxService
 from workers.memory import keep_freed_memory
 from workers.registration import Registration
@@ -71,6 +73,7 @@ class Worker:
         if registration:
             registration.update(WorkerState.LOADING)
         config = await loop.run_in_executor(None, engine_config, settings.vllm_args, endpoint_name)
+        ranks = config.parallel_config.tensor_parallel_size
         identity = Identity(settings.worker_id, settings.incarnation, fingerprint(config))
         group_place = None
         if settings.handoff.transport != "grpc":
@@ -83,12 +86,13 @@ class Worker:
                 settings.handoff.inbox_bytes,
                 settings.handoff.idle_s,
                 time.monotonic,
+                shared=ranks > 1,
             ),
             Sender(
                 identity,
                 settings.handoff.staged_bytes,
                 settings.handoff.transfer_deadline_s,
-                _log_sent,
+                log_undelivered,
                 group_place,
                 settings.handoff.transport == "auto",
             ),
@@ -97,6 +101,19 @@ class Worker:
             settings.handoff.one_go_ms / 1e3,
         )
         publish(endpoint_name, endpoint)
+        if ranks > 1:
+            bind_ranks(ranks, settings.cpu_ids)
+            extra = config.kv_transfer_config.kv_connector_extra_config
+            extra[RANKS_KEY] = RankSettings(
+                settings.worker_id,
+                settings.incarnation,
+                identity.fingerprint.SerializeToString(),
+                endpoint.geometry,
+                ranks,
+                endpoint.codec,
+                settings.handoff.staged_bytes,
+                settings.handoff.transfer_deadline_s,
+            )
         service = WorkerService(loop)
         engine = EngineHost(config, endpoint, service)
         await loop.run_in_executor(None, engine.start)
@@ -198,8 +215,3 @@ def _describe(
         adapters_at_once_max=lora.max_loras if lora else 0,
         supported_tasks=list(engine.core.get_supported_tasks()),
     )
-
-
-def _log_sent(sent: Sent) -> None:
-    if not sent.delivered:
-        logger.warning("transfer %s was not delivered: %s", sent.transfer_id, sent.reason)

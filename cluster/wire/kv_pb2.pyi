@@ -95,7 +95,7 @@ class FrameHeader(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., open: _Optional[_Union[OpenTransfer, _Mapping]] = ..., kv: _Optional[_Union[KvFrame, _Mapping]] = ..., abort: _Optional[_Union[AbortTransfer, _Mapping]] = ..., end: _Optional[_Union[EndTransfer, _Mapping]] = ...) -> None: ...
 
 class OpenTransfer(_message.Message):
-    __slots__ = ("tokens", "prompt_digest", "from_worker_id", "from_incarnation", "to_incarnation", "expects_held", "transport", "instead_of")
+    __slots__ = ("tokens", "prompt_digest", "from_worker_id", "from_incarnation", "to_incarnation", "expects_held", "transport", "instead_of", "first_head", "heads")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FROM_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,8 @@ class OpenTransfer(_message.Message):
     EXPECTS_HELD_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     INSTEAD_OF_FIELD_NUMBER: _ClassVar[int]
+    FIRST_HEAD_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
     tokens: int
     prompt_digest: bytes
     from_worker_id: str
@@ -112,7 +114,9 @@ class OpenTransfer(_message.Message):
     expects_held: bool
     transport: str
     instead_of: str
-    def __init__(self, tokens: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ..., from_worker_id: _Optional[str] = ..., from_incarnation: _Optional[str] = ..., to_incarnation: _Optional[str] = ..., expects_held: _Optional[bool] = ..., transport: _Optional[str] = ..., instead_of: _Optional[str] = ...) -> None: ...
+    first_head: int
+    heads: int
+    def __init__(self, tokens: _Optional[int] = ..., prompt_digest: _Optional[bytes] = ..., from_worker_id: _Optional[str] = ..., from_incarnation: _Optional[str] = ..., to_incarnation: _Optional[str] = ..., expects_held: _Optional[bool] = ..., transport: _Optional[str] = ..., instead_of: _Optional[str] = ..., first_head: _Optional[int] = ..., heads: _Optional[int] = ...) -> None: ...
 
 class EndTransfer(_message.Message):
     __slots__ = ()

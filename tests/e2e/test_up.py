@@ -349,9 +349,11 @@ def test_down_leaves_nothing(running: Up, short_tmp: Path) -> None:
 
 
 def test_hardware_decides_the_role_and_kill_leaves_nothing(short_tmp: Path) -> None:
-    """Several raylets that declare different accelerators; then `baton up` is killed outright."""
-    nodes = [{"accelerator": "H20", "cpus": 1}, {"accelerator": "H100", "cpus": 1}]
-    with up(short_tmp, "--local-nodes", json.dumps(nodes)) as started:
+    """Several raylets that declare different accelerators, and a worker of two ranks; then
+    `baton up` is killed outright."""
+    nodes = [{"accelerator": "H20", "cpus": 2}, {"accelerator": "H100", "cpus": 1}]
+    ranks = ("--decode-vllm-args", json.dumps(["--tensor-parallel-size", "2"]))
+    with up(short_tmp, "--local-nodes", json.dumps(nodes), *ranks) as started:
         workers = json.loads(started.command("status", "--json").stdout)["workers"]
         placed = {w["pool"]: w["accelerator"] for w in workers}
         assert placed == {"prefill": "H100", "decode": "H20"}
@@ -361,6 +363,7 @@ def test_hardware_decides_the_role_and_kill_leaves_nothing(short_tmp: Path) -> N
         body = {"model": BUNDLED_MODEL_NAME, "prompt": prompt, "temperature": 0}
         reply = httpx.post(f"{started.url}/v1/completions", json=body, timeout=60).json()
         assert reply["choices"][0]["text"] == answer
+        assert metrics(started.url)["baton_handoffs_completed_total"] == 1
         started.process.popen.kill()
         started.process.popen.wait()
         assert_nothing_left(started, short_tmp)

@@ -1,8 +1,9 @@
 """What Baton relies on inside vLLM, checked one by one: after an upgrade this says what changed.
 
 The files that touch vLLM's internals: workers/engine.py, workers/vllm_config.py,
-workers/vllm_resume.py, workers/kv_events.py, workers/kv/connector.py, workers/kv/layout.py,
-router/cluster_core.py, router/server.py, cluster/vllm_args.py, cluster/vllm_blocks.py.
+workers/vllm_resume.py, workers/kv_events.py, workers/kv/connector.py, workers/kv/ranks.py,
+workers/kv/layout.py, router/cluster_core.py, router/server.py, cluster/vllm_args.py,
+cluster/vllm_blocks.py.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from cluster.config import BUNDLED_MODEL
 from cluster.vllm_blocks import BlockHasher, engine_probe
 from cluster.wire import kv_pb2
 from workers.kv.layout import paged_layer
+from workers.kv.ranks import Part, part_of
+from workers.kv.service import fingerprint_mismatch
 from workers.kv_events import KvEventCollector
+from workers.vllm_config import engine_config, fingerprint, geometry
 from workers.vllm_resume import CpuGenerator
 
 PINNED = "0.32.0"
@@ -37,6 +42,32 @@ def test_version_is_the_pinned_one() -> None:
         except importlib.metadata.PackageNotFoundError:
             continue
     assert versions == [PINNED], "another vLLM: go through the tests below, then pin it here"
+
+
+BUNDLED = [
+    *("--model", str(BUNDLED_MODEL), "--served-model-name", "m", "--enforce-eager"),
+    *("--kv-cache-memory-bytes", str(64 << 20)),
+]
+
+
+def test_ranks_change_nothing_that_a_pair_compares() -> None:
+    one, two, other = (
+        engine_config([*BUNDLED, *args], "endpoint")
+        for args in (
+            ["--dtype", "float32"],
+            ["--dtype", "float32", "--tensor-parallel-size", "2", "--block-size", "32"],
+            ["--dtype", "bfloat16", "--tensor-parallel-size", "2"],
+        )
+    )
+    assert geometry(one) == geometry(two)
+    assert fingerprint(one) == fingerprint(two)
+    assert fingerprint_mismatch(fingerprint(one), fingerprint(other)) == (
+        "dtype is 'torch.bfloat16' at the sender and 'torch.float32' at the receiver; "
+        "kv_dtype is 'torch.bfloat16' at the sender and 'torch.float32' at the receiver"
+    )
+    heads = two.model_config.get_num_kv_heads(two.parallel_config)
+    assert part_of(geometry(two).heads, 2, 1) == Part(heads, heads, sends=True)
+    assert two.parallel_config.distributed_executor_backend == "mp"
 
 
 @pytest.mark.parametrize("block_size", [32, 128])

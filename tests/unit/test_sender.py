@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import struct
 import threading
@@ -21,6 +22,7 @@ from cluster.wire import GRPC_OPTIONS, kv_pb2, worker_pb2
 from workers.kv.endpoint import KvEndpoint, publish, published, withdraw
 from workers.kv.frames import ALIGNMENT_BYTES, checksum, encode_frame
 from workers.kv.inbox import Inbox, KvGeometry, Settled
+from workers.kv.ranks import RankEndpoint, RankSettings
 from workers.kv.sender import (
     ENGINE_WAIT_MAX_S,
     RATE_ASSUMED_BYTES_S,
@@ -284,6 +286,52 @@ def test_a_transfer_is_delivered_whole(receiver: Receiver, make_outbox: MakeOutb
         assert frame.payload == layer_payload(layer)
     assert receiver.inbox.bytes_held == 0
     outbox.assert_at_rest()
+
+
+@pytest.mark.parametrize("fault", [None, "breaks off", "never comes"])
+def test_ranks_send_one_transfer_in_parts(
+    loop: Loop, start: Callable[[Receiver], Receiver], fault: str | None
+) -> None:
+    """Where the first part is delivered before the second one begins."""
+    inbox = Inbox(GEOMETRY, HERE[1], 1 << 20, LONG_S, time.monotonic, shared=True)
+    receiver = start(Receiver(loop, inbox=inbox))
+    claim, send = receiver.claim(), receiver.send_kv()
+    fingerprint = FINGERPRINT.SerializeToString()
+    settings = RankSettings(
+        *(SENDER[0], SENDER[1], fingerprint, GEOMETRY, GEOMETRY.heads),
+        *(kv_pb2.CODEC_NONE, 1 << 20, LONG_S),
+    )
+    ranks = [RankEndpoint(settings, rank) for rank in range(settings.ranks)]
+    try:
+        for rank in ranks:
+            if fault == "never comes" and rank is ranks[1]:
+                break
+            transfer = rank.sending(send, TOKENS, lambda: b"digest")
+            assert transfer is not None and rank.sending(send, TOKENS, bytes) is transfer
+            for layer in range(GEOMETRY.layers):
+                payload = memoryview(bytes([layer, rank.geometry.first_head]) * (LAYER_BYTES // 4))
+                kv = kv_pb2.KvFrame(layer=layer, tokens=TOKENS, checksum=checksum(payload))
+                kv.first_head, kv.heads = rank.geometry.first_head, rank.geometry.heads
+                transfer.push(kv_pb2.FrameHeader(transfer_id="t", kv=kv), payload)
+                if fault == "breaks off" and rank is ranks[1]:
+                    break
+            rank.finish("t")
+            assert transfer.done.wait(SOON_S)
+            assert inbox.peek("t") is None or rank is ranks[1]
+        if fault == "never comes":
+            assert claim.empty() and inbox.transfers_held == 1
+            inbox.fail("t", "the time has passed")
+        settled = claim.get(timeout=SOON_S)
+        assert settled.whole == (fault is None), settled.reason
+        memory = inbox.take_shared("t")
+        assert (memory is not None) == settled.whole and inbox.bytes_held == 0
+        if memory is not None:
+            read = {(kv.layer, kv.first_head): bytes(p[:2]) for kv, p in memory.told().read()}
+            assert read == {cell: bytes(cell) for cell in itertools.product(range(3), range(2))}
+            memory.close()
+    finally:
+        for rank in ranks:
+            rank.close()
 
 
 def test_transfers_at_once_stay_apart(receiver: Receiver, make_outbox: MakeOutbox) -> None:

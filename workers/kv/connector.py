@@ -9,7 +9,8 @@ and holds no block while the network is slow.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
 from cluster.wire import kv_pb2, worker_pb2
 from workers import vllm_resume
 from workers.kv.codecs import CODABLE, group_codec
-from workers.kv.endpoint import ENDPOINT_KEY, published
+from workers.kv.endpoint import ENDPOINT_KEY, KvEndpoint, published
 from workers.kv.frames import checksum, digest_tokens
 from workers.kv.inbox import Whole
 from workers.kv.layout import PagedLayer, paged_layer
+from workers.kv.ranks import RANKS_KEY, RankEndpoint, RankSettings, enter_rank
 from workers.kv.sender import FRAME_BYTES_MAX
+from workers.kv.shared import SharedFrames, SharedMemory
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,12 +42,15 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
 
 SEND, RECEIVE = "baton_send", "baton_receive"
 """Keys of a request's kv_transfer_params: a SendKv message, and a transfer id."""
+
+PREFILL_ABORTED = "the prefill was aborted"
 
 vllm_resume.install()
 
@@ -56,6 +63,8 @@ class Load:
     block_ids: list[int]
     first_token: int
     tokens: int
+    shared: SharedFrames | None = None
+    """Where ranks find the frames, unless the transfer was dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,8 @@ class Save:
 class StepHandoffs(KVConnectorMetadata):  # type: ignore[misc]
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
+    aborts: list[str] = field(default_factory=list)
+    """Transfers that ranks should give up."""
 
 
 @dataclass(slots=True)
@@ -95,8 +106,18 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
-        self._endpoint = published(extra[ENDPOINT_KEY])
+        ranks: RankSettings | None = extra.get(RANKS_KEY)
+        self._in_ranks = ranks is not None
+        self._endpoint: KvEndpoint
+        self._runner: KvEndpoint | RankEndpoint
+        if ranks is not None and role is KVConnectorRole.WORKER:
+            self._runner = enter_rank(ranks, get_tensor_model_parallel_rank())
+        else:
+            self._endpoint = self._runner = published(extra[ENDPOINT_KEY])
         self._loads: list[Load] = []
+        self._aborts: list[str] = []
+        self._lent: deque[list[SharedMemory]] = deque()
+        """To the ranks, by each step whose outputs are not here yet."""
         self._sending: dict[str, _Sending] = {}
         self._layers: dict[int, PagedLayer] = {}
         self._failed_block_ids: set[int] = set()
@@ -114,7 +135,8 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if send is not None:
             overlaps = self._endpoint.overlaps(send, len(request.prompt_token_ids))
             self._sending[request.request_id] = _Sending(request, send, overlaps)
-            self._endpoint.begin(send.transfer_id)
+            if not self._in_ranks:
+                self._endpoint.begin(send.transfer_id)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -152,20 +174,45 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 save = self._next_save(request_id, computed[request_id] + scheduled)
                 if save is not None:
                     saves.append(save)
-        return StepHandoffs(loads, saves)
+        if not self._in_ranks:
+            return StepHandoffs(loads, saves)
+        aborts, self._aborts = self._aborts, []
+        return StepHandoffs(self._lend(loads), saves, aborts)
 
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         sending = self._sending.pop(request.request_id, None)
         if sending is not None:
-            self._endpoint.abort(sending.send.transfer_id, "the prefill was aborted")
+            if self._in_ranks:
+                self._aborts.append(sending.send.transfer_id)
+            else:
+                self._endpoint.abort(sending.send.transfer_id, PREFILL_ABORTED)
         transfer_id = (request.kv_transfer_params or {}).get(RECEIVE)
         if transfer_id is not None:
             self._endpoint.inbox.drop(transfer_id, "the request has ended")
             self._endpoint.release_held(transfer_id)
         # Whatever is on its way was copied when it was pushed: the blocks are free at once.
         return False, None
+
+    def _lend(self, loads: list[Load]) -> list[Load]:
+        """Tell the ranks of a step where they find what they load."""
+        lent: list[SharedMemory] = []
+        told: list[Load] = []
+        for load in loads:
+            memory = self._endpoint.inbox.take_shared(load.transfer_id)
+            if memory is not None:
+                lent.append(memory)
+                load = replace(load, shared=memory.told())
+            told.append(load)
+        self._lent.append(lent)
+        return told
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """A step's outputs are here, from all ranks: they have loaded what it was to load."""
+        if self._in_ranks:
+            for memory in self._lent.popleft():
+                memory.close()
 
     def _adoptable_tokens(self, request: Request, cached_tokens: int) -> int:
         """Tokens to adopt behind those that the prefix cache has."""
@@ -211,8 +258,8 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # --- in the model runner ----------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        geometry = self._endpoint.inbox.geometry
-        codec = group_codec(self._endpoint.codec)
+        geometry = self._runner.geometry
+        codec = group_codec(self._runner.codec)
         for name, cache in kv_caches.items():
             if codec is not None and cache.dtype not in CODABLE:
                 raise ValueError(
@@ -224,14 +271,16 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         for load in self._step().loads:
-            frames = self._endpoint.inbox.take(load.transfer_id)
+            frames = self._runner.received(load.transfer_id, load.shared)
             if frames is None:
                 # Dropped since it was scheduled: vLLM recomputes these blocks.
                 self._failed_block_ids.update(load.block_ids)
                 continue
-            for layer_index, layer_frames in frames.items():
-                for frame in layer_frames:
-                    self._adopt(load, self._layers[layer_index], frame.header.kv, frame.payload)
+            for kv, payload in frames:
+                self._adopt(load, self._layers[kv.layer], kv, payload)
+        if isinstance(self._runner, RankEndpoint):
+            for transfer_id in self._step().aborts:
+                self._runner.abort(transfer_id, PREFILL_ABORTED)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: `start_load_kv` has copied everything."""
@@ -251,9 +300,9 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         for save in self._step().saves:
             if not save.overlaps:
                 # Its blocks may be free by then; the next step may give them to others.
-                self._endpoint.after_step(partial(self._push_all, save))
+                self._runner.after_step(partial(self._push_all, save))
             elif save.is_last:
-                self._endpoint.finish(save.send.transfer_id)
+                self._runner.finish(save.send.transfer_id)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_block_ids = self._failed_block_ids, set()
@@ -266,6 +315,11 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._endpoint.begin(send.transfer_id)
         self._push_all(Save(send, token_ids, block_ids, 0, len(token_ids), overlaps=False))
 
+    def shutdown(self) -> None:
+        # A worker that runs the model itself closes its endpoint itself.
+        if isinstance(self._runner, RankEndpoint):
+            self._runner.close()
+
     def _step(self) -> StepHandoffs:
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepHandoffs)
@@ -274,15 +328,15 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def _push_all(self, save: Save) -> None:
         for layer_index in self._layers:
             self._push_layer(save, layer_index)
-        self._endpoint.finish(save.send.transfer_id)
+        self._runner.finish(save.send.transfer_id)
 
     def _push_layer(self, save: Save, layer_index: int) -> None:
-        transfer = self._endpoint.sending(
+        transfer = self._runner.sending(
             save.send, len(save.prompt_token_ids), lambda: digest_tokens(save.prompt_token_ids)
         )
         if transfer is None:
             return
-        geometry = self._endpoint.inbox.geometry
+        geometry = self._runner.geometry
         layer = self._layers[layer_index]
         step = max(1, FRAME_BYTES_MAX // geometry.frame_bytes(1, geometry.heads))
         begin = max(save.first_token, transfer.held_tokens)
@@ -297,7 +351,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
                     tokens=tokens,
                     first_head=geometry.first_head,
                     heads=geometry.heads,
-                    codec=self._endpoint.codec,
+                    codec=self._runner.codec,
                     key_order=key_order,  # type: ignore[arg-type]
                     checksum=checksum(payload),
                 ),
@@ -309,7 +363,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> tuple[memoryview, int]:
         """A payload, and the order of the keys in it."""
         payload = layer.read(block_ids, first, tokens)
-        codec = group_codec(self._endpoint.codec)
+        codec = group_codec(self._runner.codec)
         if codec is None:
             return _bytes_of(payload), layer.key_order
         keys, values = layer.split(payload, layer.heads, tokens, layer.key_order)
@@ -320,9 +374,11 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> None:
         first = max(load.first_token, kv.first_token)
         end = min(load.first_token + load.tokens, kv.first_token + kv.tokens)
-        if end <= first:
+        mine = self._runner.geometry
+        first_head = max(mine.first_head, kv.first_head)
+        end_head = min(mine.first_head + mine.heads, kv.first_head + kv.heads)
+        if end <= first or end_head <= first_head:
             return
-        first_head = kv.first_head - self._endpoint.inbox.geometry.first_head
         codec, dtype = group_codec(kv.codec), layer.keys.dtype
         if codec is None:
             uncoded = torch.frombuffer(payload, dtype=dtype)
@@ -334,10 +390,10 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
             load.block_ids,
             first,
             end - first,
-            keys,
-            values,
+            keys[first_head - kv.first_head : end_head - kv.first_head],
+            values[first_head - kv.first_head : end_head - kv.first_head],
             parts_first=kv.first_token,
-            heads=slice(first_head, first_head + kv.heads),
+            heads=slice(first_head - mine.first_head, end_head - mine.first_head),
         )
 
 

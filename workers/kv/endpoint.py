@@ -3,14 +3,16 @@ vLLM constructs by name, finds them."""
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from cluster.wire import kv_pb2, worker_pb2
-from workers.kv.inbox import Inbox
+from workers.kv.inbox import Inbox, KvGeometry
 from workers.kv.sender import Sender, Transfer
+from workers.kv.shared import SharedFrames
 
 if TYPE_CHECKING:
     from cluster.wire.kv_pb2 import Codec
@@ -34,6 +36,10 @@ class KvEndpoint:
     _after_step: list[Callable[[], None]] = field(default_factory=list)
     _released: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def geometry(self) -> KvGeometry:
+        return self.inbox.geometry
 
     def overlaps(self, send: worker_pb2.SendKv, tokens: int) -> bool:
         """Whether a prompt's KV is pushed layer by layer while it is computed.
@@ -71,6 +77,15 @@ class KvEndpoint:
     def take_released(self) -> list[str]:
         released, self._released = self._released, []
         return released
+
+    def received(
+        self, transfer_id: str, shared: SharedFrames | None
+    ) -> Iterable[tuple[kv_pb2.KvFrame, memoryview]] | None:
+        """The frames of a whole transfer. None if it was dropped."""
+        frames = self.inbox.take(transfer_id)
+        if frames is None:
+            return None
+        return ((frame.header.kv, frame.payload) for frame in itertools.chain(*frames.values()))
 
     def after_step(self, push: Callable[[], None]) -> None:
         """Do it when the engine's step is over and its outputs are on their way."""

@@ -14,11 +14,13 @@ import enum
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from cluster.wire import kv_pb2
 from workers.kv.codecs import GroupCodec, group_codec
 from workers.kv.frames import Frame
+from workers.kv.shared import SharedMemory
 
 WAITING_MAX = 1000
 """Transfers that may wait for room."""
@@ -89,6 +91,15 @@ class Whole(NamedTuple):
 
 
 @dataclass(slots=True)
+class _Part:
+    """What one stream brings: all KV heads, or those of one of the sender's ranks."""
+
+    heads: range
+    arrived_head_tokens: int = 0
+    """Layer x head x token cells."""
+
+
+@dataclass(slots=True)
 class _Transfer:
     transfer_id: str
     changed_at_s: float
@@ -105,10 +116,14 @@ class _Transfer:
     held_tokens: int | None = None
     """None: the engine has not said yet."""
     missing_head_tokens: int = 0
-    """Layer x head x token cells still to come."""
+    """Of all parts, those too that are not opened yet."""
+    parts: list[_Part] = field(default_factory=list)
     frames: dict[int, list[Frame]] = field(default_factory=dict)
-    on_credit: Callable[[str], None] | None = None
+    on_credit: list[Callable[[str], None]] = field(default_factory=list)
+    """Of each part that waits for it."""
     on_end: Callable[[str], None] | None = None
+    shared: SharedMemory | None = None
+    """Where the payloads are, if not in `frames`."""
     on_settled: Callable[[Settled], None] | None = None
     expected_sender: tuple[str, str] | None = None
 
@@ -138,7 +153,7 @@ class Inbox:
 
     `max_idle_s` bounds how long a transfer stays without a frame, a claim or an adoption: its
     sender or its router is gone. Callbacks come without the lock, on the thread that made the
-    change.
+    change. With `shared`, payloads are kept where other processes can map them.
     """
 
     def __init__(
@@ -148,12 +163,14 @@ class Inbox:
         max_bytes: int,
         max_idle_s: float,
         clock: Callable[[], float],
+        shared: bool = False,
     ) -> None:
         self.geometry = geometry
         self.incarnation = incarnation
         self.max_bytes = max_bytes
         self._max_idle_s = max_idle_s
         self._clock = clock
+        self._shared = shared
         self._lock = threading.Lock()
         self._transfers: dict[str, _Transfer] = {}
         self._waiting: dict[str, _Transfer] = {}
@@ -177,7 +194,8 @@ class Inbox:
         return len(self._waiting)
 
     def receive(self, frame: Frame) -> tuple[TransferState, str]:
-        """Take a frame in. Returns whether going on makes sense, and if not, why."""
+        """Take a frame in. Returns whether going on makes sense, and if not, why: WHOLE if this was
+        the last frame of its part."""
         transfer_id = frame.header.transfer_id
         with self._changing():
             if transfer_id in self._over:
@@ -194,7 +212,12 @@ class Inbox:
             ):
                 self._fail(transfer, "a frame arrived after the transfer was whole")
             self._notice(transfer)
-            return transfer.state, transfer.reason
+            state = transfer.state
+            if state is TransferState.ARRIVING and frame.header.WhichOneof("kind") == "kv":
+                part = _part_with(transfer.parts, _heads(frame.header.kv))
+                if part is not None and self._has_come(transfer, part):
+                    state = TransferState.WHOLE
+            return state, transfer.reason
 
     def await_credit(self, transfer_id: str, on_credit: Callable[[str], None]) -> None:
         """`on_credit` is called once, maybe at once: when there is room for an opened transfer,
@@ -204,7 +227,7 @@ class Inbox:
             if transfer is None:
                 self._calls.append(lambda: on_credit("the transfer is over"))
             else:
-                transfer.on_credit = on_credit
+                transfer.on_credit.append(on_credit)
                 self._notice(transfer)
 
     def await_end(self, transfer_id: str, on_end: Callable[[str], None]) -> None:
@@ -278,6 +301,16 @@ class Inbox:
             self._forget(transfer)
             self._is_over(transfer_id)
             return transfer.frames
+
+    def take_shared(self, transfer_id: str) -> SharedMemory | None:
+        """As `take`, of an inbox that shares payloads. The caller closes it."""
+        with self._changing():
+            transfer = self._transfers.get(transfer_id)
+            if transfer is None or transfer.state is not TransferState.WHOLE:
+                return None
+            self._forget(transfer)
+            self._is_over(transfer_id)
+            return transfer.shared
 
     def drop(self, transfer_id: str, reason: str) -> None:
         """Free what a transfer holds; frames that still come are refused."""
@@ -358,7 +391,11 @@ class Inbox:
         return self._take_kv(transfer, frame, now)
 
     def _take_open(self, transfer: _Transfer, opened: kv_pb2.OpenTransfer, now: float) -> str:
-        if transfer.open is not None:
+        geometry = self.geometry
+        heads = range(geometry.first_head, geometry.first_head + geometry.heads)
+        if opened.heads:
+            heads = range(opened.first_head, opened.first_head + opened.heads)
+        if any(_common(heads, part.heads) for part in transfer.parts):
             return "the transfer was opened twice"
         if opened.to_incarnation != self.incarnation:
             return (
@@ -367,6 +404,12 @@ class Inbox:
         expected = transfer.expected_sender
         if expected is not None and self._sender(opened) != expected:
             return self._foreign_sender(opened, expected)
+        part = _Part(heads)
+        if transfer.open is not None:
+            if not _same_transfer(opened, transfer.open):
+                return "its parts are of different prompts or senders"
+            transfer.parts.append(part)
+            return ""
         held_tokens = transfer.held_tokens or 0
         if opened.tokens == 0:
             return "a transfer of no tokens"
@@ -377,11 +420,22 @@ class Inbox:
             return f"the inbox is too small: {whole_bytes} bytes asked, it holds {self.max_bytes}"
         if len(self._waiting) >= WAITING_MAX:
             return f"the inbox is full, and {WAITING_MAX} transfers wait for room"
+        if self._shared:
+            try:
+                transfer.shared = SharedMemory()
+            except OSError as error:
+                return f"there is no memory to share: {error}"
         transfer.open = opened
+        transfer.parts.append(part)
         transfer.opened_at_s = now
         transfer.state = TransferState.WAITING
         self._waiting[transfer.transfer_id] = transfer
         return ""
+
+    def _has_come(self, transfer: _Transfer, part: _Part) -> bool:
+        assert transfer.open is not None
+        tokens = transfer.open.tokens - (transfer.held_tokens or 0)
+        return part.arrived_head_tokens == tokens * len(part.heads) * self.geometry.layers
 
     def _give_credit(self) -> None:
         """To those that wait for room, in the order in which they came."""
@@ -431,6 +485,9 @@ class Inbox:
                 f"KV heads {kv.first_head} to {kv.first_head + kv.heads}, "
                 f"this worker holds {geometry.first_head} to {last_head}"
             )
+        part = _part_with(transfer.parts, _heads(kv))
+        if part is None:
+            return f"KV heads {kv.first_head} to {kv.first_head + kv.heads} of no part opened"
         payload_bytes = geometry.frame_bytes(kv.tokens, kv.heads, codec)
         if len(frame.payload) != payload_bytes:
             return f"a payload of {len(frame.payload)} bytes where {payload_bytes} belong"
@@ -443,6 +500,12 @@ class Inbox:
         present = transfer.frames.setdefault(kv.layer, [])
         if any(_overlap(kv, other.header.kv) for other in present):
             return f"layer {kv.layer}, tokens from {kv.first_token} arrived twice"
+        if transfer.shared is not None:
+            try:
+                transfer.shared.append(frame)
+            except OSError as error:
+                return f"there is no memory to share: {error}"
+            frame = Frame(frame.header, memoryview(b""))
         present.append(frame)
         if transfer.first_kv_at_s is None:
             transfer.first_kv_at_s = now
@@ -450,6 +513,7 @@ class Inbox:
         transfer.codec = kv.codec
         transfer.bytes -= spared_bytes
         self._bytes -= spared_bytes
+        part.arrived_head_tokens += (kv.tokens - held_tokens) * kv.heads
         transfer.missing_head_tokens -= (kv.tokens - held_tokens) * kv.heads
         if transfer.missing_head_tokens == 0:
             transfer.state = TransferState.WHOLE
@@ -462,6 +526,8 @@ class Inbox:
         transfer.state = TransferState.FAILED
         transfer.reason = reason
         transfer.frames = {}
+        if transfer.shared is not None:
+            transfer.shared.close()
         self._waiting.pop(transfer.transfer_id, None)
         self._failed[transfer.transfer_id] = None
         if len(self._failed) > OVER_MAX:
@@ -487,9 +553,9 @@ class Inbox:
         state, reason = transfer.state, transfer.reason
         on_credit, on_end, on_settled = transfer.on_credit, transfer.on_end, transfer.on_settled
         ended = state in (TransferState.WHOLE, TransferState.FAILED)
-        if on_credit is not None and state is not TransferState.WAITING:
-            transfer.on_credit = None
-            self._calls.append(lambda: on_credit(reason))
+        if on_credit and state is not TransferState.WAITING:
+            transfer.on_credit = []
+            self._calls += [partial(tell, reason) for tell in on_credit]
         if on_end is not None and ended:
             transfer.on_end = None
             self._calls.append(lambda: on_end(reason))
@@ -505,6 +571,28 @@ class Inbox:
     @classmethod
     def _foreign_sender(cls, opened: kv_pb2.OpenTransfer, expected: tuple[str, str]) -> str:
         return f"it comes from {'/'.join(cls._sender(opened))}, not from {'/'.join(expected)}"
+
+
+def _heads(kv: kv_pb2.KvFrame) -> range:
+    return range(kv.first_head, kv.first_head + kv.heads)
+
+
+def _common(a: range, b: range) -> bool:
+    return a.start < b.stop and b.start < a.stop
+
+
+def _part_with(parts: list[_Part], heads: range) -> _Part | None:
+    for part in parts:
+        if part.heads.start <= heads.start and heads.stop <= part.heads.stop:
+            return part
+    return None
+
+
+def _same_transfer(a: kv_pb2.OpenTransfer, b: kv_pb2.OpenTransfer) -> bool:
+    return (a.tokens, a.prompt_digest, a.from_worker_id, a.from_incarnation) == (
+        *(b.tokens, b.prompt_digest),
+        *(b.from_worker_id, b.from_incarnation),
+    )
 
 
 def _overlap(a: kv_pb2.KvFrame, b: kv_pb2.KvFrame) -> bool:

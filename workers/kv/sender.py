@@ -384,15 +384,18 @@ class Sender:
         on_sent: Callable[[Sent], None],
         group_place: Place | None = None,
         auto: bool = False,
+        heads: tuple[int, int] = (0, 0),
     ) -> None:
         """`group_place`: this end of the collective transport's groups. Without it, payloads go by
-        gRPC. `auto`: a peer without that transport is nothing to warn of."""
+        gRPC. `auto`: a peer without that transport is nothing to warn of. `heads`: the first of
+        those sent from here, and how many; 0 for all of the model."""
         self._identity = identity
         self._group_place = group_place
         self._auto = auto
         self.max_staged_bytes = max_staged_bytes
         self._deadline_s = transfer_deadline_s
         self._on_sent = on_sent
+        self._first_head, self._heads = heads
         self._staged = 0
         self._room = threading.Condition()
         self._peers: dict[tuple[str, str], _Peer] = {}
@@ -422,6 +425,8 @@ class Sender:
                 from_incarnation=self._identity.incarnation,
                 to_incarnation=send.incarnation,
                 expects_held=send.expects_held,
+                first_head=self._first_head,
+                heads=self._heads,
             )
         )
         return transfer
@@ -515,6 +520,11 @@ class Sender:
             transfer.join(max(0.0, deadline_at_s - time.monotonic()))
         for peer in peers:
             peer.close()
+
+
+def log_undelivered(sent: Sent) -> None:
+    if not sent.delivered:
+        logger.warning("transfer %s was not delivered: %s", sent.transfer_id, sent.reason)
 
 
 def _describe(error: grpc.RpcError) -> str:

@@ -133,8 +133,9 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
             self._inbox.fail(transfer_id, str(error))
             yield _result(str(error))
         finally:
-            # Also when the sender's process or connection is gone.
-            self._inbox.fail(transfer_id, _ENDED_EARLY)
+            # Also when the sender's process or connection is gone. Other parts may be on their way.
+            if state is not TransferState.WHOLE:
+                self._inbox.fail(transfer_id, _ENDED_EARLY)
 
     async def _credit(self, transfer_id: str, expects_held: bool) -> str:
         """Wait for it. Returns why there is none."""
