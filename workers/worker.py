@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 import uuid
 import warnings
@@ -105,6 +106,7 @@ class Worker:
             bind_ranks(ranks, settings.cpu_ids)
             extra = config.kv_transfer_config.kv_connector_extra_config
             extra[RANKS_KEY] = RankSettings(
+                os.getpid(),
                 settings.worker_id,
                 settings.incarnation,
                 identity.fingerprint.SerializeToString(),

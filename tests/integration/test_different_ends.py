@@ -20,9 +20,9 @@ from tests.processes import Cluster, Process, metrics, running_cluster, shared_m
 TWO_RANKS = ["--tensor-parallel-size", "2"]
 WORKER_ARGS = {
     "prefill-0": ["--block-size", "32", "--max-num-batched-tokens", "80"],
-    "prefill-1": ["--block-size", "16", "--max-num-batched-tokens", "112", *TWO_RANKS],
-    "decode-2": ["--block-size", "16", "--max-num-batched-tokens", "150"],
-    "decode-3": ["--block-size", "64", "--max-num-batched-tokens", "96", *TWO_RANKS],
+    "prefill-1": ["--block-size", "64", "--max-num-batched-tokens", "112", *TWO_RANKS],
+    "decode-2": ["--block-size", "96", "--max-num-batched-tokens", "150"],
+    "decode-3": ["--block-size", "32", "--max-num-batched-tokens", "96", *TWO_RANKS],
 }
 PAIRS = [(prefill, decode) for prefill in (0, 1) for decode in (2, 3)]
 LENGTHS = [2, 17, 80, 81, 130, 257, 480]

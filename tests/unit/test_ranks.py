@@ -223,7 +223,10 @@ def test_heads_that_cannot_be_shared_out() -> None:
 
 
 def test_a_rank_with_the_heads_of_another_sends_nothing() -> None:
-    settings = RankSettings("w", "i", b"", GEOMETRY, 2 * len(HEADS), kv_pb2.CODEC_NONE, 1 << 20, 1)
+    settings = RankSettings(
+        *(os.getpid(), "w", "i", b"", GEOMETRY, 2 * len(HEADS)),
+        *(kv_pb2.CODEC_NONE, 1 << 20, 1),
+    )
     settings = pickle.loads(pickle.dumps(settings))
     send = worker_pb2.SendKv(transfer_id="t", address="127.0.0.1:1")
     copy = RankEndpoint(settings, 1)

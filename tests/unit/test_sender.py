@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import queue
 import struct
 import threading
@@ -298,7 +299,7 @@ def test_ranks_send_one_transfer_in_parts(
     claim, send = receiver.claim(), receiver.send_kv()
     fingerprint = FINGERPRINT.SerializeToString()
     settings = RankSettings(
-        *(SENDER[0], SENDER[1], fingerprint, GEOMETRY, GEOMETRY.heads),
+        *(os.getpid(), *SENDER, fingerprint, GEOMETRY, GEOMETRY.heads),
         *(kv_pb2.CODEC_NONE, 1 << 20, LONG_S),
     )
     ranks = [RankEndpoint(settings, rank) for rank in range(settings.ranks)]

@@ -11,10 +11,12 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import logging
+import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.logs import configure_logs
 from cluster.wire import kv_pb2, worker_pb2
@@ -38,6 +40,7 @@ PR_SET_PDEATHSIG = 1
 class RankSettings:
     """What a worker tells its ranks when it starts them."""
 
+    worker_pid: int
     worker_id: str
     incarnation: str
     fingerprint: bytes
@@ -47,6 +50,22 @@ class RankSettings:
     codec: Codec
     staged_bytes: int
     transfer_deadline_s: float
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def _received(worker_pid: int, *others: Any) -> RankSettings:
+    """The first of Baton's code that runs in a rank's process: unpickling what it is started with.
+
+    vLLM ends its ranks when their parent is gone, but neither one that still loads nor one that
+    waits for another rank.
+    """
+    if worker_pid != os.getpid():
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if worker_pid != os.getppid():
+            sys.exit("the worker of this rank has ended")
+    return RankSettings(worker_pid, *others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +160,4 @@ def enter_rank(settings: RankSettings, rank: int) -> RankEndpoint:
     """Called once in a rank's process, on the way to its first step."""
     configure_logs()
     keep_freed_memory()
-    # vLLM ends its ranks when their parent is gone, but not one that waits for another rank.
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     return RankEndpoint(settings, rank)
