@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from typing import Any
@@ -42,7 +43,10 @@ async def serve(settings: WorkerSettings) -> None:
         waiting.cancel()
     await worker.stop()
     if worker.service.failed.done():
-        sys.exit(f"{ERROR_PREFIX}{worker.service.failed.result()}")
+        print(f"{ERROR_PREFIX}{worker.service.failed.result()}", file=sys.stderr)
+    sys.stderr.flush()
+    # vLLM's executor of several ranks holds up an interpreter that ends in order.
+    os._exit(int(worker.service.failed.done()))
 
 
 def main() -> None:
