@@ -436,7 +436,9 @@ class EngineHost:
             reason = "it has not generated anything here"
             # A step may be running, of the last known token: its KV is not there yet.
             tokens = min(request.num_computed_tokens, request.num_tokens - 1)
-            if request.status is RequestStatus.RUNNING and tokens >= request.num_prompt_tokens:
+            if self._config.parallel_config.world_size > 1:
+                reason = "its KV is in the processes of its ranks"
+            elif request.status is RequestStatus.RUNNING and tokens >= request.num_prompt_tokens:
                 token_ids = list(request.all_token_ids[:tokens])
                 block_ids = self.core.scheduler.kv_cache_manager.get_block_ids(move.leg_id)[0]
                 connector_of_this_process().push_computed(move.send, token_ids, list(block_ids))
