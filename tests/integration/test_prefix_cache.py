@@ -14,7 +14,8 @@ from cluster.scheduler.policies.splitwise import Splitwise
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.view import Pool, WorkerKey, WorkerView
 from cluster.wire import worker_pb2
-from router.cluster_core import ClusterCore, ConnectedWorker
+from router.cluster_core import ClusterCore
+from router.every_worker import ConnectedWorker
 from router.link import WorkerLink
 from router.metrics import RouterMetrics
 from tests.integration.test_equal_to_plain_vllm import ask as ask_any
