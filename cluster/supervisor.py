@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import dataclasses
-import json
 import os
 import secrets
 import signal
@@ -15,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cluster.config import BUNDLED_MODEL_NAME, OPERATOR_TOKEN, BatonConfig, LocalNode
+from cluster.config import BatonConfig, LocalNode
 from cluster.engine_build import on_gpu
 from cluster.errors import ERROR_PREFIX, one_line
 from cluster.guardian import RUN_VARIABLE
@@ -31,21 +29,19 @@ from cluster.membership import (
     WorkerState,
     open_redis,
 )
+from cluster.processes import adopt_orphans, free_port, reap_children, signals_kept
 from cluster.ray_calls import NAMESPACE, awaited
+from cluster.router_process import local_url, router_command, router_environment
 from cluster.run_file import RunFile, run_file_path, running
 from cluster.scheduler.view import Pool
+from cluster.vllm_args import flag_value, tensor_parallel, vllm_args
 
-CPU_KV_CACHE_BYTES = 1 << 30
-"""KV cache of a worker on CPU unless `--kv-cache-memory-bytes` is given: vLLM would take nearly all
-of the machine's memory for each."""
 MEMORY_PER_CPU_WORKER_BYTES = 2 << 30
 """A vLLM process on CPU takes 1.7 GB beside weights and KV (measured, vLLM 0.32)."""
 OBJECT_STORE_BYTES = 100 << 20
 """Ray's smallest object store: Baton passes no objects through Ray."""
 ROUTERS_HANDOFF = {"adopt_deadline_s", "when"}
 """What of the hand-off's configuration is the routers' and not the workers'."""
-PR_SET_CHILD_SUBREAPER = 36
-"""From linux/prctl.h."""
 POLL_S = 0.25
 STOP_DEADLINE_S = 20.0
 RESTART_PAUSE_S = 1.0
@@ -474,36 +470,6 @@ class Supervisor:
         return f"the router ended: {lines[-1] if lines else 'see its messages above'}"
 
 
-def router_command(config: BatonConfig, redis_url: str, router_id: str, port: int) -> list[str]:
-    settings = {
-        "router_id": router_id,
-        "cluster": config.name,
-        "redis_url": redis_url,
-        "host": config.host,
-        "port": port,
-        "url": local_url(config.host, port),
-        "vllm_args": vllm_args(config),
-        "lease_s": config.lease_s,
-        "policy": config.policy,
-        "local_prompt_tokens": config.local_prompt_tokens,
-        "queue_threshold_tokens": config.queue_threshold_tokens,
-        "hand_over": config.handoff.when,
-        "queue_deadline_s": config.queue_deadline_s,
-        "queue_max": config.queue_max,
-        "worker_requests_max": config.worker_requests_max,
-        "slo_classes": {name: slo.seconds() for name, slo in config.slo_classes.items()},
-        "api_key_classes": config.api_key_classes,
-        "adopt_deadline_s": config.handoff.adopt_deadline_s,
-    }
-    return [sys.executable, "-m", "router", json.dumps(settings)]
-
-
-def router_environment(config: BatonConfig) -> dict[str, str]:
-    """A router's arguments can be read by anyone on the machine, its environment cannot."""
-    token = {OPERATOR_TOKEN: config.operator_token} if config.operator_token else {}
-    return {**os.environ, **token}
-
-
 async def _accepts_connections(url: str) -> None:
     host, port = url.removeprefix("http://").rsplit(":", 1)
     while True:
@@ -512,84 +478,6 @@ async def _accepts_connections(url: str) -> None:
             writer.close()
             return
         await asyncio.sleep(0.05)
-
-
-def vllm_args(config: BatonConfig, pool: Pool | None = None) -> list[str]:
-    """`vllm serve` arguments for the workers of a pool, or for routers: the user's, and defaults
-    that fit."""
-    args = list(config.vllm_args)
-    if pool is not None:
-        # vLLM takes a flag's last value.
-        args += config.prefill_vllm_args if pool is Pool.PREFILL else config.decode_vllm_args
-    given = {arg.split("=", 1)[0].replace("_", "-") for arg in args if arg.startswith("--")}
-
-    def default(flag: str, *values: str) -> None:
-        if flag not in given and flag.replace("--", "--no-", 1) not in given:
-            args.extend([flag, *values])
-
-    if config.model is None:
-        default("--served-model-name", BUNDLED_MODEL_NAME)
-        default("--dtype", "float32")
-        default("--max-model-len", "4096")
-    else:
-        default("--served-model-name", config.model)
-    if not on_gpu():
-        default("--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES))
-        # Compiling takes minutes and a C++ compiler, for little on CPU.
-        default("--enforce-eager")
-    return ["--model", config.model_path, *args]
-
-
-def local_url(host: str, port: int) -> str:
-    """Where this machine reaches a server that listens on `host`."""
-    if host in ("", "0.0.0.0", "::"):
-        host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def tensor_parallel(args: list[str]) -> int:
-    """The value of --tensor-parallel-size. vLLM's parser checks it in earnest."""
-    text = flag_value(args, "--tensor-parallel-size", "-tp")
-    return int(text) if text.isdigit() else 1
-
-
-def flag_value(args: list[str], *names: str) -> str:
-    """The first value given to a flag where it stands last, empty if it is not there."""
-    found = ""
-    for i, arg in enumerate(args):
-        name, _, value = arg.partition("=")
-        if name.replace("_", "-") in names:
-            found = value or (args[i + 1] if i + 1 < len(args) else "")
-    return found
-
-
-def adopt_orphans() -> None:
-    """Become the parent of descendants whose parent ends before them, such as Ray's workers."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def reap_children() -> None:
-    """Take leave of children that have ended: otherwise they stay as zombies until we end."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-@contextlib.contextmanager
-def signals_kept() -> Iterator[None]:
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _ray_node(node: LocalNode) -> dict[str, Any]:

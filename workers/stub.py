@@ -23,7 +23,7 @@ from cluster.bench.stub_engine import Pace, StubEngine
 from cluster.logs import configure_logs
 from cluster.membership import WorkerState
 from cluster.scheduler.view import Pool
-from cluster.supervisor import flag_value
+from cluster.vllm_args import flag_value
 from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
 from workers.registration import Registration
 from workers.server import WorkerService, add_standard_services

@@ -31,8 +31,9 @@ from cluster.bench.servers import (
 )
 from cluster.bench.sides import CompareSettings, Report
 from cluster.config import BatonConfig
-from cluster.supervisor import free_port, router_command
-from cluster.supervisor import vllm_args as vllm_args_of
+from cluster.processes import free_port
+from cluster.router_process import router_command
+from cluster.vllm_args import vllm_args as vllm_args_of
 
 LINK_DEADLINE_S = 20.0
 HIDDEN_MIN = 0.85

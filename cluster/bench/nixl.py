@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cluster.bench.report import BenchFailed
 from cluster.bench.servers import PYTHON, Server, Servers, until_ready
-from cluster.supervisor import free_port
+from cluster.processes import free_port
 
 VLLM_WORKER_NAME = "VLLM::Worker"
 ROUTER_MODULE = "vllm_router.launch_router"

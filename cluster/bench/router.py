@@ -33,7 +33,8 @@ from cluster.bench.servers import (
 )
 from cluster.bench.stream_client import Load, Seen, ask_stub
 from cluster.config import BUNDLED_MODEL, BatonConfig, HandoffConfig
-from cluster.supervisor import free_port, router_command
+from cluster.processes import free_port
+from cluster.router_process import router_command
 
 TOKENS_PER_S_RATIO_MIN = 0.9
 CLIENT_MODULE = "cluster.bench.stream_client"

@@ -23,7 +23,8 @@ from cluster.bench.report import BenchFailed
 from cluster.bench.steps import SCHEDULER, STEPS_VARIABLE
 from cluster.engine_build import on_gpu
 from cluster.guardian import RUN_VARIABLE
-from cluster.supervisor import CPU_KV_CACHE_BYTES, free_port
+from cluster.processes import free_port
+from cluster.vllm_args import CPU_KV_CACHE_BYTES
 
 MODEL_NAME = "bench"
 START_DEADLINE_S = 300.0

@@ -11,7 +11,7 @@ import click
 from cluster.cli.options import config_options
 from cluster.cli.redis_of import redis_of
 from cluster.cli.up import config_given
-from cluster.supervisor import router_command, router_environment
+from cluster.router_process import router_command, router_environment
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

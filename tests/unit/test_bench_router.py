@@ -18,7 +18,7 @@ from cluster.bench.router import VOCABULARY, RouterSettings, SideSamples, summar
 from cluster.bench.stream_client import Load, Seen, ask_stub, control_of, run
 from cluster.bench.stub_engine import TOKEN_ID, Pace, StubEngine
 from cluster.config import BUNDLED_MODEL
-from cluster.supervisor import free_port
+from cluster.processes import free_port
 
 DEADLINE_S = 30.0
 

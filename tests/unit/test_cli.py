@@ -19,8 +19,9 @@ from click.testing import CliRunner
 
 from cluster.cli.main import cli, main
 from cluster.config import load_config
+from cluster.processes import free_port
 from cluster.run_file import RunFile, run_file_path, running
-from cluster.supervisor import StartFailed, Supervisor, free_port
+from cluster.supervisor import StartFailed, Supervisor
 
 NAME = "test-cli"
 

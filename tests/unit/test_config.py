@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from cluster.cli.options import POSITIONAL, config_options, flags_given, leaves
 from cluster.config import BUNDLED_MODEL, BadConfig, BatonConfig, LocalNode, load_config
 from cluster.scheduler.view import Pool
-from cluster.supervisor import ROUTERS_HANDOFF, flag_value, tensor_parallel, vllm_args
+from cluster.supervisor import ROUTERS_HANDOFF
+from cluster.vllm_args import flag_value, tensor_parallel, vllm_args
 from workers.settings import HandoffSettings
 
 

@@ -1,0 +1,47 @@
+"""How a router's process is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from cluster.config import OPERATOR_TOKEN, BatonConfig
+from cluster.vllm_args import vllm_args
+
+
+def router_command(config: BatonConfig, redis_url: str, router_id: str, port: int) -> list[str]:
+    settings = {
+        "router_id": router_id,
+        "cluster": config.name,
+        "redis_url": redis_url,
+        "host": config.host,
+        "port": port,
+        "url": local_url(config.host, port),
+        "vllm_args": vllm_args(config),
+        "lease_s": config.lease_s,
+        "policy": config.policy,
+        "local_prompt_tokens": config.local_prompt_tokens,
+        "queue_threshold_tokens": config.queue_threshold_tokens,
+        "hand_over": config.handoff.when,
+        "queue_deadline_s": config.queue_deadline_s,
+        "queue_max": config.queue_max,
+        "worker_requests_max": config.worker_requests_max,
+        "slo_classes": {name: slo.seconds() for name, slo in config.slo_classes.items()},
+        "api_key_classes": config.api_key_classes,
+        "adopt_deadline_s": config.handoff.adopt_deadline_s,
+    }
+    return [sys.executable, "-m", "router", json.dumps(settings)]
+
+
+def router_environment(config: BatonConfig) -> dict[str, str]:
+    """A router's arguments can be read by anyone on the machine, its environment cannot."""
+    token = {OPERATOR_TOKEN: config.operator_token} if config.operator_token else {}
+    return {**os.environ, **token}
+
+
+def local_url(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens on `host`."""
+    if host in ("", "0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
