@@ -49,8 +49,10 @@ class HandoffConfig(BaseModel):
         "always",
         description="'cheaper': a prompt is computed where it decodes if that should cost less",
     )
-    transport: Literal["auto", "grpc", "collective"] = Field(
-        "grpc", description="how KV is sent; 'collective' is torch.distributed"
+    transport: Literal["auto", "grpc", "collective", "nixl"] = Field(
+        "grpc",
+        description="how KV is sent; 'collective' is torch.distributed, 'nixl' an extra that is "
+        "installed with baton[nixl]",
     )
     codec: Literal["none", "fp8", "int8"] = Field(
         "none", description="how KV is written on the wire: exact, or in one byte a channel"

@@ -19,7 +19,7 @@ class HandoffSettings:
     """For one transfer, from its first layer to the receiver's answer."""
     idle_s: float = 30.0
     """An untouched transfer is dropped after this time."""
-    transport: Literal["auto", "grpc", "collective"] = "grpc"
+    transport: Literal["auto", "grpc", "collective", "nixl"] = "grpc"
     """How payloads go to a worker that can take them so; else by gRPC."""
     codec: str = "none"
     """How KV is written that this worker sends: a name in workers/kv/codecs.py."""

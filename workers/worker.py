@@ -12,7 +12,6 @@ import warnings
 from dataclasses import dataclass
 
 import grpc.aio
-import torch
 
 from cluster.membership import WorkerState
 from cluster.vllm_blocks import engine_probe
@@ -21,12 +20,13 @@ from workers.engine import EngineHost
 from workers.environment import bind_ranks
 from workers.health import until_stuck
 from workers.kv.codecs import CODECS
-from workers.kv.collective import Place
 from workers.kv.endpoint import KvEndpoint, publish, withdraw
+from workers.kv.group import Transport
 from workers.kv.inbox import Inbox
 from workers.kv.ranks import RANKS_KEY, RankSettings
 from workers.kv.sender import Identity, Sender, log_undelivered
 from workers.kv.service import KvInboxService
+from workers.kv.transports import make_transports
 from workers.memory import keep_freed_memory
 from workers.registration import Registration
 from workers.server import WorkerService, add_standard_services
@@ -51,6 +51,7 @@ class Worker:
     server: grpc.aio.Server
     endpoint_name: str
     registration: Registration | None
+    transports: list[Transport]
     watch: asyncio.Task[None] | None = None
     noticed: bool = False
 
@@ -76,10 +77,11 @@ class Worker:
         config = await loop.run_in_executor(None, engine_config, settings.vllm_args, endpoint_name)
         ranks = config.parallel_config.tensor_parallel_size
         identity = Identity(settings.worker_id, settings.incarnation, fingerprint(config))
-        group_place = None
-        if settings.handoff.transport != "grpc":
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            group_place = Place(settings.host, device)
+        transports = make_transports(
+            settings.handoff.transport,
+            settings.host,
+            f"{identity.worker_id}/{identity.incarnation}",
+        )
         endpoint = KvEndpoint(
             Inbox(
                 geometry(config),
@@ -94,8 +96,8 @@ class Worker:
                 settings.handoff.staged_bytes,
                 settings.handoff.transfer_deadline_s,
                 log_undelivered,
-                group_place,
-                settings.handoff.transport == "auto",
+                transports,
+                settings.handoff.transport,
             ),
             CODECS[settings.handoff.codec],
             settings.handoff.overlap,
@@ -128,7 +130,7 @@ class Worker:
             identity.incarnation,
             identity.fingerprint,
             settings.handoff.credit_deadline_s,
-            group_place,
+            transports,
         ).register(server)
         await add_standard_services(server)
         port = server.add_insecure_port(f"{settings.host}:{settings.port}")
@@ -138,7 +140,10 @@ class Worker:
         await server.start()
         if registration:
             registration.update(WorkerState.READY, address)
-        worker = cls(settings, service, engine, endpoint, server, endpoint_name, registration)
+        worker = cls(
+            *(settings, service, engine, endpoint, server, endpoint_name, registration),
+            transports,
+        )
         worker.watch = asyncio.create_task(worker._watch(), name="watchdog")
         return worker
 
@@ -186,6 +191,8 @@ class Worker:
             None, self.engine.stop, 0 if self.service.stuck else ENGINE_STOP_S
         )
         await loop.run_in_executor(None, self.endpoint.sender.close)
+        for transport in self.transports:
+            transport.close()
         withdraw(self.endpoint_name)
 
 

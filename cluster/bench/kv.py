@@ -21,7 +21,7 @@ from cluster.bench.report import BenchFailed, Goal, median, ratio
 PEER_MODULE = "workers.kv.bench_peer"
 GOAL_SIZE_MB = 256
 OF_SOCKET_MIN = {"grpc": 0.6, "collective": 0.8}
-"""By transport."""
+"""By transport. There is no goal for others."""
 STOP_DEADLINE_S = 5.0
 
 Report = Callable[[str], None]
@@ -49,7 +49,14 @@ class Sample:
     """Until the sender knows that all of it has arrived."""
 
 
-def run_kv(settings: KvSettings, report: Report) -> list[Sample]:
+@dataclass(frozen=True, slots=True)
+class Measured:
+    samples: list[Sample]
+    missing: dict[str, str]
+    """Transports that are not there, and why."""
+
+
+def run_kv(settings: KvSettings, report: Report) -> Measured:
     """Start both ends and measure.
 
     Raises:
@@ -58,26 +65,29 @@ def run_kv(settings: KvSettings, report: Report) -> list[Sample]:
     sizes_bytes = [size << 20 for size in settings.sizes_mb]
     samples: list[Sample] = []
     with _peer("receive", {"size_bytes_max": max(sizes_bytes)}) as receiver:
-        ports = _line_of(receiver)
+        told = _line_of(receiver)
+        for transport, why in told["missing"].items():
+            report(f"without {transport}: {why}")
         sending = {"sizes_bytes": sizes_bytes, "codecs": settings.codecs}
-        with _peer("send", {**ports, **sending, "repeats": settings.repeats}) as sender:
+        with _peer("send", {**told["ports"], **sending, "repeats": settings.repeats}) as sender:
             for size_mb in settings.sizes_mb:
-                ways = len(OF_SOCKET_MIN) * len(settings.codecs) + 2
+                ways = len(told["transports"]) * len(settings.codecs) + 2
                 report(f"{settings.repeats} times {size_mb} MB, {ways} ways in turn")
                 for _ in range(settings.repeats * ways):
                     samples.append(Sample(**_line_of(sender)))
-    return samples
+    return Measured(samples, told["missing"])
 
 
-def summary(machine: dict[str, Any], settings: KvSettings, samples: list[Sample]) -> dict[str, Any]:
+def summary(machine: dict[str, Any], settings: KvSettings, measured: Measured) -> dict[str, Any]:
     """The report as one JSON object. GB/s are medians, of the KV's own bytes per second: a codec
     moves fewer of them and takes time to make them."""
-    results = {str(size): _size_result(size << 20, samples) for size in settings.sizes_mb}
+    results = {str(size): _size_result(size << 20, measured.samples) for size in settings.sizes_mb}
     return {
         "bench": "kv",
         "machine": machine,
         "settings": asdict(settings),
         "results": results,
+        "missing": measured.missing,
         "goals": [goal.to_json() for goal in goals_of(results)],
     }
 

@@ -117,7 +117,7 @@ def scheduler(as_json: bool, policy: str | None, quick: bool) -> None:
 def kv(as_json: bool, repeats: int | None, quick: bool) -> None:
     """Compare hand-offs with a socket and memcpy.
 
-    Of 1, 16 and 256 MB, between two processes on this machine, through gRPC with each codec. No
+    Of 1, 16 and 256 MB, between two processes on this machine, by each transport and codec. No
     model is loaded.
     """
     from cluster.bench.kv import QUICK, KvSettings, run_kv, summary
@@ -177,6 +177,8 @@ def _show_kv(console: Console, report: dict[str, Any]) -> None:
     for size, result in report["results"].items():
         table.add_row(f"{size} MB", *(f"{result[way]['gb_s']:.2f}" for way in ways))
     console.print(table)
+    for transport, why in report["missing"].items():
+        console.print(f"without {transport}: {why}", style="dim")
     console.print()
     show_goals(console, report, "at least")
 

@@ -57,14 +57,36 @@ class ToGroup(_message.Message):
     def __init__(self, join: _Optional[_Union[GroupMember, _Mapping]] = ..., headers: _Optional[_Union[FrameHeaders, _Mapping]] = ...) -> None: ...
 
 class GroupMember(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "to_incarnation")
+    __slots__ = ("worker_id", "incarnation", "to_incarnation", "transport", "nixl")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TO_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    NIXL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     to_incarnation: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., to_incarnation: _Optional[str] = ...) -> None: ...
+    transport: str
+    nixl: NixlMemory
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., to_incarnation: _Optional[str] = ..., transport: _Optional[str] = ..., nixl: _Optional[_Union[NixlMemory, _Mapping]] = ...) -> None: ...
+
+class NixlMemory(_message.Message):
+    __slots__ = ("metadata", "trial", "trial_address")
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    TRIAL_FIELD_NUMBER: _ClassVar[int]
+    TRIAL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    metadata: bytes
+    trial: bytes
+    trial_address: int
+    def __init__(self, metadata: _Optional[bytes] = ..., trial: _Optional[bytes] = ..., trial_address: _Optional[int] = ...) -> None: ...
+
+class FromGroup(_message.Message):
+    __slots__ = ("place", "taken")
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    place: GroupPlace
+    taken: Taken
+    def __init__(self, place: _Optional[_Union[GroupPlace, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ...) -> None: ...
 
 class GroupPlace(_message.Message):
     __slots__ = ("host", "port")
@@ -74,11 +96,17 @@ class GroupPlace(_message.Message):
     port: int
     def __init__(self, host: _Optional[str] = ..., port: _Optional[int] = ...) -> None: ...
 
+class Taken(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class FrameHeaders(_message.Message):
-    __slots__ = ("headers",)
+    __slots__ = ("headers", "address")
     HEADERS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     headers: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, headers: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    address: int
+    def __init__(self, headers: _Optional[_Iterable[bytes]] = ..., address: _Optional[int] = ...) -> None: ...
 
 class FrameHeader(_message.Message):
     __slots__ = ("transfer_id", "open", "kv", "abort", "end")

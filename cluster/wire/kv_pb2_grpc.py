@@ -42,7 +42,7 @@ class KvInboxStub:
         self.JoinGroup = channel.stream_stream(
                 '/baton.v1.KvInbox/JoinGroup',
                 request_serializer=cluster_dot_wire_dot_kv__pb2.ToGroup.SerializeToString,
-                response_deserializer=cluster_dot_wire_dot_kv__pb2.GroupPlace.FromString,
+                response_deserializer=cluster_dot_wire_dot_kv__pb2.FromGroup.FromString,
                 _registered_method=True)
 
 
@@ -58,10 +58,10 @@ class KvInboxServicer:
         raise NotImplementedError('Method not implemented!')
 
     def JoinGroup(self, request_iterator, context):
-        """Makes a group of two processes, through which the payloads of transfers go whose transport is
-        `collective`. The first message up joins; each further one holds the headers of the frames whose
-        payloads follow in the group, in its order. The one message down says where to meet; the group
-        lasts as long as the stream.
+        """Makes a group of two processes, through which the payloads of transfers go whose transport is not
+        `grpc`. The first message up joins, and the first one down answers it; each further one up
+        announces frames: their headers, in the order of their payloads. The group lasts as long as the
+        stream.
         rpc Push(stream raw frame) returns (stream PushReply): declared in workers/kv, as protobuf has
         no type for a raw message.
         """
@@ -80,7 +80,7 @@ def add_KvInboxServicer_to_server(servicer, server):
             'JoinGroup': grpc.stream_stream_rpc_method_handler(
                     servicer.JoinGroup,
                     request_deserializer=cluster_dot_wire_dot_kv__pb2.ToGroup.FromString,
-                    response_serializer=cluster_dot_wire_dot_kv__pb2.GroupPlace.SerializeToString,
+                    response_serializer=cluster_dot_wire_dot_kv__pb2.FromGroup.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,7 +136,7 @@ class KvInbox:
             target,
             '/baton.v1.KvInbox/JoinGroup',
             cluster_dot_wire_dot_kv__pb2.ToGroup.SerializeToString,
-            cluster_dot_wire_dot_kv__pb2.GroupPlace.FromString,
+            cluster_dot_wire_dot_kv__pb2.FromGroup.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,28 +7,29 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from cluster.bench.kv import KvSettings, Sample, goals_of, run_kv, summary
+from cluster.bench.kv import KvSettings, Measured, Sample, goals_of, run_kv, summary
 from cluster.bench.report import BenchFailed
 from cluster.cli.bench import bench
 
 GB = 10**9
 
 
-def samples(size_mb: int, grpc_s: float, socket_s: float) -> list[Sample]:
+def measured(size_mb: int, grpc_s: float, socket_s: float) -> Measured:
     size = size_mb << 20
     ours = [(way, size, grpc_s) for way in ("grpc_none", "collective_none")]
     times = (("memcpy", 0, 0.01), ("socket", size, socket_s), *ours)
-    return [
+    samples = [
         Sample(way, size, wire, taken_s * factor)
         for way, wire, taken_s in times
         for factor in (1, 0.5, 3)
     ]
+    return Measured(samples, {"nixl": "nixl is not installed"})
 
 
 def test_the_report_has_medians_and_the_goal() -> None:
     settings = KvSettings(sizes_mb=(256,), codecs=("none",), repeats=3)
-    report = json.loads(json.dumps(summary({"cores": 2}, settings, samples(256, 0.2, 0.1))))
-    assert list(report) == ["bench", "machine", "settings", "results", "goals"]
+    report = json.loads(json.dumps(summary({"cores": 2}, settings, measured(256, 0.2, 0.1))))
+    assert list(report) == ["bench", "machine", "settings", "results", "missing", "goals"]
     grpc = report["results"]["256"]["grpc_none"]
     assert grpc == {
         "gb_s": round((256 << 20) / 0.2 / GB, 3),
@@ -48,13 +49,13 @@ def test_the_report_has_medians_and_the_goal() -> None:
 )
 def test_the_goal_is_a_share_of_the_plain_socket(taken_s: float, met: tuple[bool, bool]) -> None:
     settings = KvSettings(sizes_mb=(256,), codecs=("none",))
-    goals = goals_of(summary({}, settings, samples(256, taken_s, 0.1))["results"])
+    goals = goals_of(summary({}, settings, measured(256, taken_s, 0.1))["results"])
     assert tuple(goal.met for goal in goals) == met
 
 
 def test_without_the_large_hand_off_there_is_no_goal() -> None:
     settings = KvSettings(sizes_mb=(1,), codecs=("none",))
-    assert summary({}, settings, samples(1, 0.2, 0.1))["goals"] == []
+    assert summary({}, settings, measured(1, 0.2, 0.1))["goals"] == []
 
 
 def test_two_processes_hand_kv_over_in_every_way() -> None:
@@ -64,7 +65,8 @@ def test_two_processes_hand_kv_over_in_every_way() -> None:
     for size in ("1", "4"):
         ways = report["results"][size]
         codecs = ("none", "fp8", "int8")
-        ours = {f"{transport}_{c}" for transport in ("grpc", "collective") for c in codecs}
+        there = [name for name in ("grpc", "collective", "nixl") if name not in report["missing"]]
+        ours = {f"{transport}_{c}" for transport in there for c in codecs}
         assert set(ways) == {"memcpy", "socket", *ours}
         assert all(way["gb_s"] > 0 for way in ways.values())
         raw = int(size) << 20

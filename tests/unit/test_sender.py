@@ -23,18 +23,11 @@ from cluster.wire import GRPC_OPTIONS, kv_pb2, worker_pb2
 from workers.kv.endpoint import KvEndpoint, publish, published, withdraw
 from workers.kv.frames import ALIGNMENT_BYTES, checksum, encode_frame
 from workers.kv.inbox import Inbox, KvGeometry, Settled
+from workers.kv.peer import RATE_ASSUMED_BYTES_S, RATE_SAMPLE_BYTES_MIN
 from workers.kv.ranks import RankEndpoint, RankSettings
-from workers.kv.sender import (
-    ENGINE_WAIT_MAX_S,
-    RATE_ASSUMED_BYTES_S,
-    RATE_SAMPLE_BYTES_MIN,
-    STALLED_S,
-    Identity,
-    Sender,
-    Sent,
-    Transfer,
-)
+from workers.kv.sender import Identity, Sender
 from workers.kv.service import KvInboxService
+from workers.kv.transfer import ENGINE_WAIT_MAX_S, STALLED_S, Sent, Transfer
 
 GEOMETRY = KvGeometry(layers=3, first_head=0, heads=2, head_size=4, element_bytes=2)
 TOKENS = 8

@@ -25,13 +25,17 @@ import grpc.aio
 import torch
 
 from cluster.wire import GRPC_OPTIONS, kv_pb2, worker_pb2
-from workers.kv import collective
+from workers.kv import nixl
 from workers.kv.codecs import CODECS, group_codec
-from workers.kv.collective import Place
+from workers.kv.collective import Collective
 from workers.kv.frames import checksum
+from workers.kv.group import Transport
 from workers.kv.inbox import Inbox, KvGeometry, Settled
-from workers.kv.sender import FRAME_BYTES_MAX, GRPC, Identity, Sender, Sent
+from workers.kv.nixl import Nixl
+from workers.kv.nixl_agent import NoNixl
+from workers.kv.sender import Identity, Sender
 from workers.kv.service import KvInboxService
+from workers.kv.transfer import FRAME_BYTES_MAX, GRPC, Sent
 from workers.memory import keep_freed_memory
 
 SENDER, RECEIVER = ("prefill-0", "bench"), ("decode-0", "bench")
@@ -44,11 +48,19 @@ REST_S = 0.05
 """Between two measurements, for the receiver to free what it got."""
 FREE_AFTER_S = 0.01
 HOST = "127.0.0.1"
-PLACE = Place(HOST, torch.device("cpu"))
 
 
 def transfer_id(number: int) -> str:
     return f"bench-{number}"
+
+
+def transports(worker: tuple[str, str]) -> tuple[list[Transport], dict[str, str]]:
+    """Those beside gRPC, and why others are not among them."""
+    made: list[Transport] = [Collective(HOST, torch.device("cpu"))]
+    try:
+        return [*made, Nixl("/".join(worker))], {}
+    except NoNixl as error:
+        return made, {nixl.NAME: str(error)}
 
 
 # --- the receiving end ----------------------------------------------------------------------------
@@ -90,14 +102,16 @@ async def receive(settings: dict[str, Any]) -> None:
     inbox = Inbox(GEOMETRY, RECEIVER[1], 4 * settings["size_bytes_max"], DEADLINE_S, time.monotonic)
     _Claims(inbox, loop)
     server = grpc.aio.server(options=GRPC_OPTIONS)
-    KvInboxService(inbox, *RECEIVER, FINGERPRINT, DEADLINE_S, PLACE).register(server)
+    ways, missing = transports(RECEIVER)
+    KvInboxService(inbox, *RECEIVER, FINGERPRINT, DEADLINE_S, ways).register(server)
     port = server.add_insecure_port(f"{HOST}:0")
     await server.start()
     with socket.create_server((HOST, 0)) as listening:
         arguments = (listening, settings["size_bytes_max"])
         threading.Thread(target=_serve_plain, args=arguments, daemon=True).start()
         ports = {"grpc_port": port, "plain_port": listening.getsockname()[1]}
-        print(json.dumps(ports), flush=True)
+        names = [GRPC, *(way.name for way in ways)]
+        print(json.dumps({"ports": ports, "transports": names, "missing": missing}), flush=True)
         await asyncio.to_thread(sys.stdin.read)
         await server.stop(0)
 
@@ -124,11 +138,14 @@ class _Bench:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
         self._sent: queue.Queue[Sent] = queue.Queue()
+        ways: dict[str, list[Transport]] = {GRPC: []}
+        ways |= {way.name: [way] for way in transports(SENDER)[0]}
         self._senders = {
-            transport: Sender(
-                Identity(*SENDER, FINGERPRINT), STAGED_BYTES, DEADLINE_S, self._sent.put, place
+            name: Sender(
+                *(Identity(*SENDER, FINGERPRINT), STAGED_BYTES, DEADLINE_S, self._sent.put),
+                *(way, name),
             )
-            for transport, place in ((GRPC, None), (collective.NAME, PLACE))
+            for name, way in ways.items()
         }
         self._number = 0
         self._plain = socket.create_connection((HOST, settings["plain_port"]))

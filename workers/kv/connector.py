@@ -32,8 +32,8 @@ from workers.kv.frames import checksum, digest_tokens
 from workers.kv.inbox import Whole
 from workers.kv.layout import PagedLayer, paged_layer
 from workers.kv.ranks import RANKS_KEY, RankEndpoint, RankSettings, enter_rank
-from workers.kv.sender import FRAME_BYTES_MAX
 from workers.kv.shared import SharedFrames, SharedMemory
+from workers.kv.transfer import FRAME_BYTES_MAX
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from cluster.wire import kv_pb2, worker_pb2
 from workers.kv.inbox import Inbox, KvGeometry
-from workers.kv.sender import Sender, Transfer
+from workers.kv.sender import Sender
 from workers.kv.shared import SharedFrames
+from workers.kv.transfer import Transfer
 
 if TYPE_CHECKING:
     from cluster.wire.kv_pb2 import Codec

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from cluster.logs import configure_logs
 from cluster.wire import kv_pb2, worker_pb2
 from workers.kv.inbox import KvGeometry
-from workers.kv.sender import Identity, Sender, Transfer, log_undelivered
+from workers.kv.sender import Identity, Sender, log_undelivered
 from workers.kv.shared import SharedFrames
+from workers.kv.transfer import Transfer
 from workers.memory import keep_freed_memory
 
 if TYPE_CHECKING:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import grpc.aio
 
 from cluster.wire import kv_pb2, kv_pb2_grpc, worker_pb2
-from workers.kv import collective
-from workers.kv.collective import IncomingGroup, Place
 from workers.kv.frames import BadFrame, decode_frames
+from workers.kv.group import IncomingGroup, Transport
 from workers.kv.inbox import Inbox, TransferState
-from workers.kv.sender import GRPC, TRANSFER_KEY
+from workers.kv.transfer import GRPC, TRANSFER_KEY
 
 HELD_WAIT_S = 0.5
 """For the engine to say what of a prompt it holds; without a word all of it is sent."""
@@ -33,8 +32,8 @@ def fingerprint_mismatch(mine: worker_pb2.Fingerprint, theirs: worker_pb2.Finger
 
 
 class KvInboxService(kv_pb2_grpc.KvInboxServicer):
-    """`credit_deadline_s`: how long a transfer may wait for room in the inbox. `group_place`: this
-    end of the collective transport's groups; without it, payloads come by gRPC only."""
+    """`credit_deadline_s`: how long a transfer may wait for room in the inbox. `transports`: the
+    ways beside gRPC by which payloads may come."""
 
     def __init__(
         self,
@@ -43,10 +42,10 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
         incarnation: str,
         fingerprint: worker_pb2.Fingerprint,
         credit_deadline_s: float,
-        group_place: Place | None = None,
+        transports: Sequence[Transport] = (),
     ) -> None:
         self._inbox = inbox
-        self._group_place = group_place
+        self._transports = {transport.name: transport for transport in transports}
         self._credit_deadline_s = credit_deadline_s
         self._worker_id = worker_id
         self._incarnation = incarnation
@@ -67,33 +66,41 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
             return kv_pb2.PairReply(
                 reason=f"KV of {request.worker_id} would be wrong on {self._worker_id}: {mismatch}"
             )
-        transports = [GRPC, *([collective.NAME] if self._group_place else [])]
-        return kv_pb2.PairReply(accepted=True, transports=transports)
+        return kv_pb2.PairReply(accepted=True, transports=[GRPC, *self._transports])
 
     async def JoinGroup(  # noqa: N802 - gRPC's name
         self,
         requests: AsyncIterator[kv_pb2.ToGroup],
-        context: grpc.aio.ServicerContext[kv_pb2.ToGroup, kv_pb2.GroupPlace],
-    ) -> AsyncIterator[kv_pb2.GroupPlace]:
+        context: grpc.aio.ServicerContext[kv_pb2.ToGroup, kv_pb2.FromGroup],
+    ) -> AsyncIterator[kv_pb2.FromGroup]:
         member = (await anext(requests)).join
-        if self._group_place is None or member.to_incarnation != self._incarnation:
-            reason = f"{self._worker_id}/{self._incarnation} joins no group with {member.worker_id}"
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
-        assert self._group_place is not None
-        loop, stream = asyncio.get_running_loop(), asyncio.current_task()
-        assert stream is not None
+        here = f"{self._worker_id}/{self._incarnation}"
+        refused = f"{here} joins no {member.transport} group with {member.worker_id}"
+        transport = self._transports.get(member.transport)
+        if transport is None or member.to_incarnation != self._incarnation:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refused)
+        assert transport is not None
+        loop = asyncio.get_running_loop()
+        # Bounded by what is announced: an answer or none for each. A reason is the last one.
+        answers: asyncio.Queue[kv_pb2.FromGroup | str] = asyncio.Queue()
 
-        def on_end() -> None:
+        def answer(what: kv_pb2.FromGroup | str) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: so is the stream
-                loop.call_soon_threadsafe(stream.cancel)
+                loop.call_soon_threadsafe(answers.put_nowait, what)
 
-        group = IncomingGroup(self._inbox, self._group_place, on_end)
         try:
-            yield kv_pb2.GroupPlace(host=self._group_place.host, port=group.port)
-            async for message in requests:
-                group.announce(message.headers.headers)
+            group = transport.accept(member, self._inbox, answer, answer)
+        except Exception as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"{refused}: {error}")
+        announced = asyncio.create_task(_announced(requests, group))
+        try:
+            while not isinstance(what := await answers.get(), str):
+                yield what
+            await context.abort(grpc.StatusCode.ABORTED, what)
         finally:
             group.close()
+            announced.cancel()
+            await asyncio.gather(announced, return_exceptions=True)
 
     async def push(
         self,
@@ -116,12 +123,13 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
                     if frame.header.WhichOneof("kind") == "open":
                         opened = frame.header.open
                         ended = _Answer()
-                        if opened.transport == collective.NAME:
+                        by_group = opened.transport in self._transports
+                        if by_group:
                             self._inbox.await_end(transfer_id, ended)
                         reason = reason or await self._credit(transfer_id, opened.expects_held)
                         if not reason:
                             yield _credit(self._inbox.held(transfer_id))
-                        if not reason and opened.transport == collective.NAME:
+                        if not reason and by_group:
                             # Its payloads don't come in this stream.
                             yield _result(await ended.future)
                             return
@@ -159,6 +167,15 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler("baton.v1.KvInbox", {"Push": handler}),)
         )
+
+
+async def _announced(requests: AsyncIterator[kv_pb2.ToGroup], group: IncomingGroup) -> None:
+    try:
+        async for message in requests:
+            group.announce(message.headers)
+    finally:
+        # Its thread ends, and says so.
+        group.close()
 
 
 class _Answer:

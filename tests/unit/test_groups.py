@@ -1,9 +1,11 @@
-"""The collective transport with Gloo: what is delivered is what was sent, whatever goes wrong fails
-the transfer at both ends, and neither end waits for one that is dead or frozen."""
+"""Payloads in groups, by Gloo and by nixl: what is delivered is what was sent, whatever goes wrong
+fails the transfer at both ends, and neither end waits for one that is dead or frozen."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import queue
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from unittest import mock
 
 import pytest
@@ -18,22 +21,51 @@ import pytest
 from tests.unit.group_peer import (
     GEOMETRY,
     LAYER_BYTES,
-    PLACE,
     TOKENS,
     GroupReceiver,
     payload_of,
     push_layer,
     send_kv,
+    transport,
 )
 from tests.unit.test_sender import FINGERPRINT, LONG_S, SENDER, Loop, Outbox
-from workers.kv import collective
+from workers.kv import group
+from workers.kv import peer as peer_module
 from workers.kv.inbox import Settled
-from workers.kv.sender import Identity, Sender, Sent, Transfer
+from workers.kv.sender import Identity, Sender
+from workers.kv.transfer import Sent, Transfer
 
 WAIT_S = 60.0
 """For what should happen at once, or at a deadline, on a machine that may be busy."""
 DEADLINE_S = 1.0
 WHOLE_BYTES = GEOMETRY.layers * LAYER_BYTES
+
+needs_nixl = pytest.mark.skipif(
+    importlib.util.find_spec("nixl") is None,
+    reason="nixl is not installed: `make test` installs it, or pip install 'baton[nixl]'",
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    transport: str
+    env: dict[str, str] = field(default_factory=dict)
+
+
+WAYS = [
+    pytest.param(Way("collective"), id="collective"),
+    pytest.param(Way("nixl"), id="nixl", marks=needs_nixl),
+    # As between machines without RDMA; on one machine UCX finds something faster.
+    pytest.param(Way("nixl", {"UCX_TLS": "tcp"}), id="nixl-tcp", marks=needs_nixl),
+]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
+    way: Way = request.param
+    for name, value in way.env.items():
+        monkeypatch.setenv(name, value)
+    return way
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +90,21 @@ def start(loop: Loop) -> Iterator[Callable[[GroupReceiver], GroupReceiver]]:
 
 
 @pytest.fixture  # to be asked for after the receiver, whose threads are not the sender's
-def outbox() -> Iterator[Outbox]:
+def outbox(way: Way) -> Iterator[Outbox]:
     sent: queue.Queue[Sent] = queue.Queue()
-    sender = Sender(Identity(*SENDER, FINGERPRINT), 1 << 30, LONG_S, sent.put, PLACE)
+    here = transport(way.transport, "sender")
+    identity = Identity(*SENDER, FINGERPRINT)
+    sender = Sender(identity, 1 << 30, LONG_S, sent.put, [here], way.transport)
     yield Outbox(sender, sent, set(threading.enumerate()))
     sender.close(timeout_s=0)
+    here.close()
 
 
 @pytest.fixture
-def receiver(loop: Loop, start: Callable[[GroupReceiver], GroupReceiver]) -> GroupReceiver:
-    return start(GroupReceiver(loop))
+def receiver(
+    loop: Loop, start: Callable[[GroupReceiver], GroupReceiver], way: Way
+) -> GroupReceiver:
+    return start(GroupReceiver(loop, transport(way.transport, "receiver")))
 
 
 def open_to(outbox: Outbox, port: int, transfer_id: str = "t") -> Transfer:
@@ -102,11 +139,13 @@ def group_threads() -> list[threading.Thread]:
 # --- delivered --------------------------------------------------------------------------------
 
 
-def test_what_is_delivered_is_what_was_sent(receiver: GroupReceiver, outbox: Outbox) -> None:
+def test_what_is_delivered_is_what_was_sent(
+    receiver: GroupReceiver, outbox: Outbox, way: Way
+) -> None:
     claim = receiver.claim()
     push_all(open_to(outbox, receiver.port))
     assert result(outbox) == Sent("t", True, "", WHOLE_BYTES, mock.ANY)
-    assert transport_of(claim.get(timeout=WAIT_S)) == (True, "collective", "")
+    assert transport_of(claim.get(timeout=WAIT_S)) == (True, way.transport, "")
     taken = receiver.inbox.take("t")
     assert taken is not None
     for layer in range(GEOMETRY.layers):
@@ -148,7 +187,7 @@ def test_many_transfers_share_a_group(receiver: GroupReceiver, outbox: Outbox) -
     ],
 )
 def test_a_damaged_transfer_fails_at_both_ends_and_the_group_goes_on(
-    receiver: GroupReceiver, outbox: Outbox, fault: str, reason: str
+    receiver: GroupReceiver, outbox: Outbox, way: Way, fault: str, reason: str
 ) -> None:
     claim = receiver.claim()
     transfer = open_to(outbox, receiver.port)
@@ -172,7 +211,7 @@ def test_a_damaged_transfer_fails_at_both_ends_and_the_group_goes_on(
     after = receiver.claim("after")
     push_all(open_to(outbox, receiver.port, "after"))
     assert result(outbox).delivered
-    assert transport_of(after.get(timeout=WAIT_S)) == (True, "collective", "")
+    assert transport_of(after.get(timeout=WAIT_S)) == (True, way.transport, "")
 
 
 # --- no group ---------------------------------------------------------------------------------
@@ -182,31 +221,61 @@ def test_a_peer_without_the_transport_gets_kv_by_grpc_and_one_warning(
     loop: Loop,
     start: Callable[[GroupReceiver], GroupReceiver],
     outbox: Outbox,
+    way: Way,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    receiver = start(GroupReceiver(loop, place=None))
+    receiver = start(GroupReceiver(loop))
     with caplog.at_level(logging.WARNING):
         for transfer_id in ("a", "b"):
             claim = receiver.claim(transfer_id)
             push_all(open_to(outbox, receiver.port, transfer_id))
             assert result(outbox).delivered
-            assert transport_of(claim.get(timeout=WAIT_S)) == (True, "grpc", "collective")
+            assert transport_of(claim.get(timeout=WAIT_S)) == (True, "grpc", way.transport)
     warnings = [record.getMessage() for record in caplog.records]
     peer = f"127.0.0.1:{receiver.port}"
-    assert warnings == [f"collective transport: {peer} is not configured for it, KV goes by gRPC"]
+    assert warnings == [
+        f"{way.transport} transport: {peer} is not configured for it or lacks it, KV goes by gRPC"
+    ]
 
 
 def test_a_group_that_cannot_be_made_is_no_fault_of_the_transfer(
-    receiver: GroupReceiver, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+    receiver: GroupReceiver,
+    outbox: Outbox,
+    way: Way,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def no_store(host: str, port: int, is_master: bool) -> None:
-        raise RuntimeError("no store today")
-
-    monkeypatch.setattr(collective, "_store", no_store)
+    refusing = mock.Mock(**{"accept.side_effect": RuntimeError("no group today")})
+    monkeypatch.setitem(receiver.transports, way.transport, refusing)
     claim = receiver.claim()
-    push_all(open_to(outbox, receiver.port))
+    with caplog.at_level(logging.WARNING):
+        push_all(open_to(outbox, receiver.port))
+        assert result(outbox).delivered
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert warning.startswith(f"{way.transport} transport: no group with 127.0.0.1:{receiver.port}")
+    assert "no group today" in warning
+    assert transport_of(claim.get(timeout=WAIT_S)) == (True, "grpc", way.transport)
+
+
+def test_after_a_group_broke_kv_goes_another_way_for_a_while(
+    receiver: GroupReceiver, outbox: Outbox, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_all(open_to(outbox, receiver.port, "before"))
     assert result(outbox).delivered
-    assert transport_of(claim.get(timeout=WAIT_S)) == (True, "grpc", "collective")
+    groups = outbox.sender.peer(send_kv(receiver.port))._groups
+    groups[way.transport].close("broken by the test")
+    for transfer_id in ("a", "b"):
+        claim = receiver.claim(transfer_id)
+        push_all(open_to(outbox, receiver.port, transfer_id))
+        assert result(outbox).delivered
+        assert transport_of(claim.get(timeout=WAIT_S)) == (True, "grpc", way.transport)
+    monkeypatch.setattr(peer_module, "REJOIN_AFTER_S", 0.0)
+    outbox.sender.peer(send_kv(receiver.port))._no_group_until_s.clear()
+    wait_until("the broken group's threads end", lambda: not group_threads())
+    claim = receiver.claim("after")
+    push_all(open_to(outbox, receiver.port, "after"))
+    assert result(outbox).delivered
+    assert transport_of(claim.get(timeout=WAIT_S)) == (True, way.transport, "")
 
 
 # --- the other end dies or freezes ------------------------------------------------------------
@@ -215,12 +284,13 @@ def test_a_group_that_cannot_be_made_is_no_fault_of_the_transfer(
 class Peer:
     """The other end, in a process."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, way: Way, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.group_peer", *arguments],
+            [sys.executable, "-m", "tests.unit.group_peer", way.transport, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | way.env,
         )
 
     def line(self) -> str:
@@ -239,11 +309,11 @@ class Peer:
 
 
 @pytest.fixture
-def peer() -> Iterator[Callable[..., Peer]]:
+def peer(way: Way) -> Iterator[Callable[..., Peer]]:
     peers: list[Peer] = []
 
     def start_one(*arguments: str) -> Peer:
-        peers.append(Peer(*arguments))
+        peers.append(Peer(way, *arguments))
         return peers[-1]
 
     yield start_one
@@ -258,13 +328,13 @@ def test_a_receiver_that_dies_or_freezes_holds_nothing_up(
     monkeypatch: pytest.MonkeyPatch,
     how: signal.Signals,
 ) -> None:
-    monkeypatch.setattr(collective, "GROUP_DEADLINE_S", DEADLINE_S)
+    monkeypatch.setattr(group, "GROUP_DEADLINE_S", DEADLINE_S)
     receiver = peer("receive")
     port = int(receiver.line())
-    monkeypatch.setattr(collective, "GROUP_DEADLINE_S", WAIT_S)
+    monkeypatch.setattr(group, "GROUP_DEADLINE_S", WAIT_S)
     push_all(open_to(outbox, port, "before"))
     assert result(outbox).delivered
-    monkeypatch.setattr(collective, "GROUP_DEADLINE_S", DEADLINE_S)
+    monkeypatch.setattr(group, "GROUP_DEADLINE_S", DEADLINE_S)
     transfer = open_to(outbox, port)
     assert transfer.credit.wait(WAIT_S)
     receiver.process.send_signal(how)

@@ -1,0 +1,300 @@
+"""One prompt's KV on its way to another worker's inbox: a gRPC stream, which the engine's thread
+feeds."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from cluster.wire import kv_pb2, worker_pb2
+from workers.kv.frames import encode_header, padding
+from workers.kv.group import GroupBroken, OutgoingGroup
+
+if TYPE_CHECKING:
+    from workers.kv.sender import Sender
+
+logger = logging.getLogger(__name__)
+
+FRAME_BYTES_MAX = 2 << 20
+"""Of KV in one frame, before it is coded."""
+MESSAGE_BYTES_MIN = 1 << 20
+"""A message with less takes the frames that wait behind it along."""
+GRPC = "grpc"
+"""The transport that every worker has: payloads in the transfer's own stream."""
+TRANSFER_KEY = "baton-transfer"
+"""gRPC metadata of a push: the transfer's id."""
+ENGINE_WAIT_MAX_S = 1.0
+"""That one transfer may hold up the engine, waiting for room to stage its frames."""
+STALLED_S = 0.5
+"""A transfer of which nothing was sent for this long gives its room to others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    transfer_id: str
+    delivered: bool
+    reason: str
+    bytes: int
+    credit_wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A frame that waits to be sent."""
+
+    header: bytes
+    payload: bytes | memoryview = b""
+    size_bytes: int = 0
+    """What it takes of the sender's bound."""
+    end_token: int | None = None
+    """Of the prompt, behind the last one whose KV it has."""
+
+
+class Transfer:
+    """One prompt's KV on its way. `push` may block, for ENGINE_WAIT_MAX_S in all."""
+
+    def __init__(self, sender: Sender, send: worker_pb2.SendKv, deadline_s: float) -> None:
+        self.transfer_id = send.transfer_id
+        self._sender = sender
+        self._send = send
+        # Bounded by the bytes that `Sender.stage` lets through.
+        self._frames: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
+        self._opened_at_s = time.monotonic()
+        self._deadline_at_s = self._opened_at_s + deadline_s
+        self._closed = False
+        self._bytes = 0
+        self._staged = 0
+        self._moved_at_s = 0.0
+        self._engine_waited_s = 0.0
+        self._busy_s = 0.0
+        self._credit_wait_s = 0.0
+        self.held_tokens = 0
+        """The prompt's first tokens, which the receiver has. Known when it gives credit."""
+        self.credit = threading.Event()
+        """Also set when there is none to be waited for any more."""
+        self._opened = kv_pb2.OpenTransfer()
+        self._group: OutgoingGroup | None = None
+        self._call: grpc.Call | None = None
+        self._given_up = ""
+        self._lock = threading.Lock()
+        self.done = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name=f"kv-send-{send.transfer_id[:8]}", daemon=True
+        )
+
+    def start(self, opened: kv_pb2.OpenTransfer) -> None:
+        self._opened = opened
+        self._thread.start()
+
+    def push(self, header: kv_pb2.FrameHeader, payload: memoryview) -> None:
+        """Stage one frame. A transfer that already ended takes it and forgets it.
+
+        The payload is copied when gRPC asks for it: until then it must stay as it is.
+        """
+        if self._closed or self.done.is_set():
+            return
+        encoded = encode_header(header, len(payload))
+        size_bytes = len(encoded) + len(payload)
+        started_s = time.monotonic()
+        wait_s = min(ENGINE_WAIT_MAX_S - self._engine_waited_s, self._remaining_s())
+        if not self._sender.stage(size_bytes, wait_s, self.done):
+            bound = self._sender.max_staged_bytes
+            self.give_up(f"no room for more within {bound} bytes that wait to be sent")
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._engine_waited_s += now - started_s
+            if self.done.is_set():
+                self._sender.unstage(size_bytes)
+                return
+            if self._staged == 0:
+                self._moved_at_s = now
+            self._staged += size_bytes
+            self._bytes += len(payload)
+        end_token = header.kv.first_token + header.kv.tokens
+        self._frames.put(_Staged(encoded, payload, size_bytes, end_token))
+
+    def finish(self) -> None:
+        """All frames are pushed."""
+        if not self._closed:
+            self._closed = True
+            self._frames.put(None)
+
+    def abort(self, reason: str) -> None:
+        """Tell the receiver that the rest will not come."""
+        if self._closed:
+            return
+        if not self.credit.is_set():
+            # The receiver reads nothing yet.
+            self.give_up(reason)
+            return
+        self._discard_frames()
+        self._frames.put(_Staged(self._header(abort=kv_pb2.AbortTransfer(reason=reason))))
+        self.finish()
+
+    def give_up(self, reason: str) -> None:
+        """Break it off, and free what waits to be sent."""
+        with self._lock:
+            self._closed = True
+            self._given_up = self._given_up or reason
+            call = self._call
+        if call is not None:
+            call.cancel()  # type: ignore[no-untyped-call]
+
+    def is_stalled(self, now_s: float) -> bool:
+        stands_s = now_s - self._moved_at_s
+        return self._staged > 0 and stands_s >= STALLED_S and not self._given_up
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            delivered, reason = self._deliver()
+        except grpc.RpcError as error:
+            delivered, reason = False, f"{self._send.address}: {_describe(error)}"
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._sender.lost(self._send)
+        except Exception as error:
+            logger.exception("transfer %s failed", self.transfer_id)
+            delivered, reason = False, str(error)
+        if self._given_up and not delivered:
+            reason = f"the sender gave up: {self._given_up}"
+        with self._lock:
+            self.done.set()
+        # gRPC's thread may still wait for credit or for a frame.
+        self.credit.set()
+        self._discard_frames()
+        self._frames.put(None)
+        sent = Sent(self.transfer_id, delivered, reason, self._bytes, self._credit_wait_s)
+        self._sender.ended(self, sent)
+
+    def _deliver(self) -> tuple[bool, str]:
+        peer = self._sender.peer(self._send)
+        paired = peer.pair(self._sender.pair_request(self._send), self._remaining_s())
+        if not paired.accepted:
+            return False, paired.reason
+        self._group = self._sender.group(peer, paired)
+        self._opened.transport = GRPC if self._group is None else self._group.transport
+        self._opened.instead_of = self._sender.instead_of(self._opened.transport)
+        metadata = ((TRANSFER_KEY, self.transfer_id),)
+        call = peer.push(self._messages(), timeout=self._remaining_s(), metadata=metadata)
+        with self._lock:
+            self._call = call
+        if self._given_up:
+            call.cancel()  # type: ignore[no-untyped-call]
+        result = kv_pb2.TransferResult(reason="the receiver ended the stream without an answer")
+        for encoded in call:
+            reply = kv_pb2.PushReply.FromString(encoded)
+            if reply.HasField("credit"):
+                self._credit_wait_s = time.monotonic() - self._opened_at_s
+                self.held_tokens = reply.credit.held_tokens
+                self.credit.set()
+            else:
+                result = reply.result
+        peer.measured(self._bytes, self._busy_s)
+        return result.delivered, result.reason
+
+    def _remaining_s(self) -> float:
+        return max(0.0, self._deadline_at_s - time.monotonic())
+
+    def _discard_frames(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._frames.get_nowait()
+        with self._lock:
+            staged, self._staged = self._staged, 0
+        self._sender.unstage(staged)
+
+    def _messages(self) -> Iterator[bytes]:
+        """What opens the transfer; and when there is credit, the frames, if they go this way."""
+        yield self._header(open=self._opened)
+        if not self.credit.wait(self._remaining_s()):
+            return
+        if self._group is not None:
+            self._send_by(self._group)
+            return
+        for frames in self._batches(MESSAGE_BYTES_MIN):
+            # Joined here and not when they were pushed: what waits is then in memory once, and each
+            # message takes the memory that the one before has left warm.
+            yield b"".join(
+                part
+                for frame in frames
+                for part in (frame.header, frame.payload, padding(len(frame.payload)))
+            )
+
+    def _send_by(self, group: OutgoingGroup) -> None:
+        """Two batches are under way at a time."""
+        waits: deque[Callable[[], None]] = deque()
+        try:
+            for frames in self._batches(group.batch_bytes_min):
+                headers = [frame.header for frame in frames]
+                payloads = [memoryview(frame.payload) for frame in frames if frame.payload]
+                waits.append(group.send(headers, payloads))
+                if len(waits) > 1:
+                    waits.popleft()()
+            if not self.done.is_set():
+                waits.append(group.send([self._header(end=kv_pb2.EndTransfer())], []))
+            for wait in waits:
+                wait()
+        except GroupBroken as error:
+            self.give_up(f"its group broke: {error}")
+
+    def _batches(self, bytes_min: int) -> Iterator[list[_Staged]]:
+        """The frames. Small ones that wait already come together. Whoever asks for the next has
+        sent the one before."""
+        while not self.done.is_set():
+            try:
+                frame = self._frames.get(timeout=self._remaining_s())
+            except queue.Empty:
+                return
+            frames: list[_Staged] = []
+            size_bytes = 0
+            while frame is not None:
+                if frame.end_token is not None and frame.end_token <= self.held_tokens:
+                    # Staged before that was known.
+                    self._unstage(frame.size_bytes)
+                    self._bytes -= len(frame.payload)
+                    if self._frames.empty():
+                        break
+                    frame = self._frames.get()
+                    continue
+                frames.append(frame)
+                size_bytes += frame.size_bytes
+                if size_bytes >= bytes_min or self._frames.empty():
+                    break
+                frame = self._frames.get()
+            if frames:
+                started_s = time.monotonic()
+                yield frames
+                now = time.monotonic()
+                self._busy_s += now - started_s
+                self._moved_at_s = now
+                self._unstage(size_bytes)
+            if frame is None:
+                return
+
+    def _unstage(self, size_bytes: int) -> None:
+        with self._lock:
+            size_bytes = min(size_bytes, self._staged)
+            self._staged -= size_bytes
+        self._sender.unstage(size_bytes)
+
+    def _header(self, **kind: Any) -> bytes:
+        header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, **kind)
+        return encode_header(header, 0)
+
+
+def _describe(error: grpc.RpcError) -> str:
+    if isinstance(error, grpc.Call):
+        return f"{error.code().name}: {error.details()}"
+    return str(error)
