@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from cluster.wire import worker_pb2 as cluster_dot_wire_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63luster/wire/kv.proto\x12\x08\x62\x61ton.v1\x1a\x19\x63luster/wire/worker.proto\"\x8f\x01\n\x0bPairRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12*\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x15.baton.v1.Fingerprint\x12\x14\n\x0cto_worker_id\x18\x04 \x01(\t\x12\x16\n\x0eto_incarnation\x18\x05 \x01(\t\"A\n\tPairReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\ntransports\x18\x03 \x03(\t\"c\n\x07ToGroup\x12%\n\x04join\x18\x01 \x01(\x0b\x32\x15.baton.v1.GroupMemberH\x00\x12)\n\x07headers\x18\x02 \x01(\x0b\x32\x16.baton.v1.FrameHeadersH\x00\x42\x06\n\x04kind\"\x84\x01\n\x0bGroupMember\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x16\n\x0eto_incarnation\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\"\n\x04nixl\x18\x05 \x01(\x0b\x32\x14.baton.v1.NixlMemory\"D\n\nNixlMemory\x12\x10\n\x08metadata\x18\x01 \x01(\x0c\x12\r\n\x05trial\x18\x02 \x01(\x0c\x12\x15\n\rtrial_address\x18\x03 \x01(\x04\"\\\n\tFromGroup\x12%\n\x05place\x18\x01 \x01(\x0b\x32\x14.baton.v1.GroupPlaceH\x00\x12 \n\x05taken\x18\x02 \x01(\x0b\x32\x0f.baton.v1.TakenH\x00\x42\x06\n\x04kind\"(\n\nGroupPlace\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\"\x07\n\x05Taken\"0\n\x0c\x46rameHeaders\x12\x0f\n\x07headers\x18\x01 \x03(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\"\xc3\x01\n\x0b\x46rameHeader\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12&\n\x04open\x18\x02 \x01(\x0b\x32\x16.baton.v1.OpenTransferH\x00\x12\x1f\n\x02kv\x18\x03 \x01(\x0b\x32\x11.baton.v1.KvFrameH\x00\x12(\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x17.baton.v1.AbortTransferH\x00\x12$\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x15.baton.v1.EndTransferH\x00\x42\x06\n\x04kind\"\xdf\x01\n\x0cOpenTransfer\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x15\n\rprompt_digest\x18\x02 \x01(\x0c\x12\x16\n\x0e\x66rom_worker_id\x18\x03 \x01(\t\x12\x18\n\x10\x66rom_incarnation\x18\x04 \x01(\t\x12\x16\n\x0eto_incarnation\x18\x05 \x01(\t\x12\x14\n\x0c\x65xpects_held\x18\x06 \x01(\x08\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x12\n\ninstead_of\x18\x08 \x01(\t\x12\x12\n\nfirst_head\x18\t \x01(\r\x12\r\n\x05heads\x18\n \x01(\r\"\r\n\x0b\x45ndTransfer\"\x1f\n\rAbortTransfer\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xb9\x01\n\x07KvFrame\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x12\n\nfirst_head\x18\x04 \x01(\r\x12\r\n\x05heads\x18\x05 \x01(\r\x12\x1e\n\x05\x63odec\x18\x06 \x01(\x0e\x32\x0f.baton.v1.Codec\x12%\n\tkey_order\x18\x07 \x01(\x0e\x32\x12.baton.v1.KeyOrder\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x06\"c\n\tPushReply\x12\"\n\x06\x63redit\x18\x01 \x01(\x0b\x32\x10.baton.v1.CreditH\x00\x12*\n\x06result\x18\x02 \x01(\x0b\x32\x18.baton.v1.TransferResultH\x00\x42\x06\n\x04kind\"\x1d\n\x06\x43redit\x12\x13\n\x0bheld_tokens\x18\x01 \x01(\x04\"3\n\x0eTransferResult\x12\x11\n\tdelivered\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t*6\n\x05\x43odec\x12\x0e\n\nCODEC_NONE\x10\x00\x12\r\n\tCODEC_FP8\x10\x01\x12\x0e\n\nCODEC_INT8\x10\x02*H\n\x08KeyOrder\x12\x1d\n\x19KEY_ORDER_TOKENS_CHANNELS\x10\x00\x12\x1d\n\x19KEY_ORDER_CHANNELS_TOKENS\x10\x01\x32v\n\x07KvInbox\x12\x32\n\x04Pair\x12\x15.baton.v1.PairRequest\x1a\x13.baton.v1.PairReply\x12\x37\n\tJoinGroup\x12\x11.baton.v1.ToGroup\x1a\x13.baton.v1.FromGroup(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63luster/wire/kv.proto\x12\x08\x62\x61ton.v1\x1a\x19\x63luster/wire/worker.proto\"\x8f\x01\n\x0bPairRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12*\n\x0b\x66ingerprint\x18\x03 \x01(\x0b\x32\x15.baton.v1.Fingerprint\x12\x14\n\x0cto_worker_id\x18\x04 \x01(\t\x12\x16\n\x0eto_incarnation\x18\x05 \x01(\t\"A\n\tPairReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\ntransports\x18\x03 \x03(\t\"c\n\x07ToGroup\x12%\n\x04join\x18\x01 \x01(\x0b\x32\x15.baton.v1.GroupMemberH\x00\x12)\n\x07headers\x18\x02 \x01(\x0b\x32\x16.baton.v1.FrameHeadersH\x00\x42\x06\n\x04kind\"\x84\x01\n\x0bGroupMember\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x16\n\x0eto_incarnation\x18\x03 \x01(\t\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\"\n\x04nixl\x18\x05 \x01(\x0b\x32\x14.baton.v1.NixlMemory\"S\n\nNixlMemory\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\x12\r\n\x05trial\x18\x03 \x01(\x0c\x12\x15\n\rtrial_address\x18\x04 \x01(\x04\"\\\n\tFromGroup\x12%\n\x05place\x18\x01 \x01(\x0b\x32\x14.baton.v1.GroupPlaceH\x00\x12 \n\x05taken\x18\x02 \x01(\x0b\x32\x0f.baton.v1.TakenH\x00\x42\x06\n\x04kind\"(\n\nGroupPlace\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\"\x07\n\x05Taken\"0\n\x0c\x46rameHeaders\x12\x0f\n\x07headers\x18\x01 \x03(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\"\xc3\x01\n\x0b\x46rameHeader\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12&\n\x04open\x18\x02 \x01(\x0b\x32\x16.baton.v1.OpenTransferH\x00\x12\x1f\n\x02kv\x18\x03 \x01(\x0b\x32\x11.baton.v1.KvFrameH\x00\x12(\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x17.baton.v1.AbortTransferH\x00\x12$\n\x03\x65nd\x18\x05 \x01(\x0b\x32\x15.baton.v1.EndTransferH\x00\x42\x06\n\x04kind\"\xdf\x01\n\x0cOpenTransfer\x12\x0e\n\x06tokens\x18\x01 \x01(\x04\x12\x15\n\rprompt_digest\x18\x02 \x01(\x0c\x12\x16\n\x0e\x66rom_worker_id\x18\x03 \x01(\t\x12\x18\n\x10\x66rom_incarnation\x18\x04 \x01(\t\x12\x16\n\x0eto_incarnation\x18\x05 \x01(\t\x12\x14\n\x0c\x65xpects_held\x18\x06 \x01(\x08\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x12\n\ninstead_of\x18\x08 \x01(\t\x12\x12\n\nfirst_head\x18\t \x01(\r\x12\r\n\x05heads\x18\n \x01(\r\"\r\n\x0b\x45ndTransfer\"\x1f\n\rAbortTransfer\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\xb9\x01\n\x07KvFrame\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x12\n\nfirst_head\x18\x04 \x01(\r\x12\r\n\x05heads\x18\x05 \x01(\r\x12\x1e\n\x05\x63odec\x18\x06 \x01(\x0e\x32\x0f.baton.v1.Codec\x12%\n\tkey_order\x18\x07 \x01(\x0e\x32\x12.baton.v1.KeyOrder\x12\x10\n\x08\x63hecksum\x18\x08 \x01(\x06\"c\n\tPushReply\x12\"\n\x06\x63redit\x18\x01 \x01(\x0b\x32\x10.baton.v1.CreditH\x00\x12*\n\x06result\x18\x02 \x01(\x0b\x32\x18.baton.v1.TransferResultH\x00\x42\x06\n\x04kind\"\x1d\n\x06\x43redit\x12\x13\n\x0bheld_tokens\x18\x01 \x01(\x04\"3\n\x0eTransferResult\x12\x11\n\tdelivered\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t*6\n\x05\x43odec\x12\x0e\n\nCODEC_NONE\x10\x00\x12\r\n\tCODEC_FP8\x10\x01\x12\x0e\n\nCODEC_INT8\x10\x02*H\n\x08KeyOrder\x12\x1d\n\x19KEY_ORDER_TOKENS_CHANNELS\x10\x00\x12\x1d\n\x19KEY_ORDER_CHANNELS_TOKENS\x10\x01\x32v\n\x07KvInbox\x12\x32\n\x04Pair\x12\x15.baton.v1.PairRequest\x1a\x13.baton.v1.PairReply\x12\x37\n\tJoinGroup\x12\x11.baton.v1.ToGroup\x1a\x13.baton.v1.FromGroup(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.wire.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CODEC']._serialized_start=1621
-  _globals['_CODEC']._serialized_end=1675
-  _globals['_KEYORDER']._serialized_start=1677
-  _globals['_KEYORDER']._serialized_end=1749
+  _globals['_CODEC']._serialized_start=1636
+  _globals['_CODEC']._serialized_end=1690
+  _globals['_KEYORDER']._serialized_start=1692
+  _globals['_KEYORDER']._serialized_end=1764
   _globals['_PAIRREQUEST']._serialized_start=63
   _globals['_PAIRREQUEST']._serialized_end=206
   _globals['_PAIRREPLY']._serialized_start=208
@@ -45,31 +45,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GROUPMEMBER']._serialized_start=377
   _globals['_GROUPMEMBER']._serialized_end=509
   _globals['_NIXLMEMORY']._serialized_start=511
-  _globals['_NIXLMEMORY']._serialized_end=579
-  _globals['_FROMGROUP']._serialized_start=581
-  _globals['_FROMGROUP']._serialized_end=673
-  _globals['_GROUPPLACE']._serialized_start=675
-  _globals['_GROUPPLACE']._serialized_end=715
-  _globals['_TAKEN']._serialized_start=717
-  _globals['_TAKEN']._serialized_end=724
-  _globals['_FRAMEHEADERS']._serialized_start=726
-  _globals['_FRAMEHEADERS']._serialized_end=774
-  _globals['_FRAMEHEADER']._serialized_start=777
-  _globals['_FRAMEHEADER']._serialized_end=972
-  _globals['_OPENTRANSFER']._serialized_start=975
-  _globals['_OPENTRANSFER']._serialized_end=1198
-  _globals['_ENDTRANSFER']._serialized_start=1200
-  _globals['_ENDTRANSFER']._serialized_end=1213
-  _globals['_ABORTTRANSFER']._serialized_start=1215
-  _globals['_ABORTTRANSFER']._serialized_end=1246
-  _globals['_KVFRAME']._serialized_start=1249
-  _globals['_KVFRAME']._serialized_end=1434
-  _globals['_PUSHREPLY']._serialized_start=1436
-  _globals['_PUSHREPLY']._serialized_end=1535
-  _globals['_CREDIT']._serialized_start=1537
-  _globals['_CREDIT']._serialized_end=1566
-  _globals['_TRANSFERRESULT']._serialized_start=1568
-  _globals['_TRANSFERRESULT']._serialized_end=1619
-  _globals['_KVINBOX']._serialized_start=1751
-  _globals['_KVINBOX']._serialized_end=1869
+  _globals['_NIXLMEMORY']._serialized_end=594
+  _globals['_FROMGROUP']._serialized_start=596
+  _globals['_FROMGROUP']._serialized_end=688
+  _globals['_GROUPPLACE']._serialized_start=690
+  _globals['_GROUPPLACE']._serialized_end=730
+  _globals['_TAKEN']._serialized_start=732
+  _globals['_TAKEN']._serialized_end=739
+  _globals['_FRAMEHEADERS']._serialized_start=741
+  _globals['_FRAMEHEADERS']._serialized_end=789
+  _globals['_FRAMEHEADER']._serialized_start=792
+  _globals['_FRAMEHEADER']._serialized_end=987
+  _globals['_OPENTRANSFER']._serialized_start=990
+  _globals['_OPENTRANSFER']._serialized_end=1213
+  _globals['_ENDTRANSFER']._serialized_start=1215
+  _globals['_ENDTRANSFER']._serialized_end=1228
+  _globals['_ABORTTRANSFER']._serialized_start=1230
+  _globals['_ABORTTRANSFER']._serialized_end=1261
+  _globals['_KVFRAME']._serialized_start=1264
+  _globals['_KVFRAME']._serialized_end=1449
+  _globals['_PUSHREPLY']._serialized_start=1451
+  _globals['_PUSHREPLY']._serialized_end=1550
+  _globals['_CREDIT']._serialized_start=1552
+  _globals['_CREDIT']._serialized_end=1581
+  _globals['_TRANSFERRESULT']._serialized_start=1583
+  _globals['_TRANSFERRESULT']._serialized_end=1634
+  _globals['_KVINBOX']._serialized_start=1766
+  _globals['_KVINBOX']._serialized_end=1884
 # @@protoc_insertion_point(module_scope)

@@ -71,14 +71,16 @@ class GroupMember(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., to_incarnation: _Optional[str] = ..., transport: _Optional[str] = ..., nixl: _Optional[_Union[NixlMemory, _Mapping]] = ...) -> None: ...
 
 class NixlMemory(_message.Message):
-    __slots__ = ("metadata", "trial", "trial_address")
+    __slots__ = ("agent", "metadata", "trial", "trial_address")
+    AGENT_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     TRIAL_FIELD_NUMBER: _ClassVar[int]
     TRIAL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    agent: str
     metadata: bytes
     trial: bytes
     trial_address: int
-    def __init__(self, metadata: _Optional[bytes] = ..., trial: _Optional[bytes] = ..., trial_address: _Optional[int] = ...) -> None: ...
+    def __init__(self, agent: _Optional[str] = ..., metadata: _Optional[bytes] = ..., trial: _Optional[bytes] = ..., trial_address: _Optional[int] = ...) -> None: ...
 
 class FromGroup(_message.Message):
     __slots__ = ("place", "taken")

@@ -14,8 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 
 from tests.unit.group_peer import (
@@ -32,6 +34,8 @@ from tests.unit.test_sender import FINGERPRINT, LONG_S, SENDER, Loop, Outbox
 from workers.kv import group
 from workers.kv import peer as peer_module
 from workers.kv.inbox import Settled
+from workers.kv.nixl import TRIAL_BYTES, Nixl
+from workers.kv.nixl_agent import Read
 from workers.kv.sender import Identity, Sender
 from workers.kv.transfer import Sent, Transfer
 
@@ -362,3 +366,37 @@ def test_a_sender_that_dies_or_freezes_holds_nothing(
     assert not claim.get(timeout=WAIT_S).whole
     assert receiver.inbox.bytes_held == 0
     wait_until("the group's thread ends", lambda: not group_threads())
+
+
+@needs_nixl
+@pytest.mark.parametrize("way", WAYS[2:], indirect=True)
+@pytest.mark.parametrize("then", [signal.SIGCONT, signal.SIGKILL])
+def test_a_sender_that_freezes_while_it_is_read_from_keeps_memory_only_until_it_goes_on_or_dies(
+    receiver: GroupReceiver,
+    peer: Callable[..., Peer],
+    monkeypatch: pytest.MonkeyPatch,
+    then: signal.Signals,
+) -> None:
+    nixl = receiver.transports["nixl"]
+    assert isinstance(nixl, Nixl)
+    claim = receiver.claim()
+    start_read = nixl.agent.start_read
+
+    def frozen(*arguments: Any) -> Read:
+        # The first read is the trial, which `peer` waits for.
+        if arguments[2] > TRIAL_BYTES:
+            sender.process.send_signal(signal.SIGSTOP)
+            stopped = psutil.Process(sender.process.pid)
+            wait_until("it stands", lambda: stopped.status() == psutil.STATUS_STOPPED)
+        return start_read(*arguments)
+
+    monkeypatch.setattr(nixl.agent, "start_read", frozen)
+    sender = peer("send", str(receiver.port))
+    assert not claim.get(timeout=WAIT_S).whole
+    assert receiver.inbox.bytes_held == 0
+    wait_until("it is kept", lambda: nixl.unfinished_bytes > 0)
+    sender.process.send_signal(then)
+    wait_until("it is let go of", lambda: nixl.unfinished_bytes == 0)
+    wait_until("the group's thread ends", lambda: not group_threads())
+    # Of one that is dead nothing is kept.
+    assert len(nixl._peers) == (then is signal.SIGCONT)

@@ -17,7 +17,7 @@ from tests.unit.test_groups import WAIT_S, needs_nixl, wait_until
 from tests.unit.test_sender import FINGERPRINT, LONG_S, SENDER, Loop
 from workers.kv import group, nixl
 from workers.kv.nixl import PIECES, Nixl
-from workers.kv.nixl_agent import NoNixl, Read
+from workers.kv.nixl_agent import NoNixl, Read, ReadFailed
 from workers.kv.sender import Identity, Sender
 from workers.kv.transfer import Sent
 from workers.kv.transports import make_transports
@@ -218,8 +218,39 @@ def test_memory_of_a_read_that_does_not_end_is_kept_until_it_does(
     wait_until("it is let go of", lambda: ends.nixl_there.unfinished_bytes == 0)
     assert frozen.finished > finished
     monkeypatch.undo()
-    wait_until("the group has ended", lambda: not ends.nixl_there._peers)
+    wait_until("the group has ended", lambda: not any(ends.nixl_there._peers.values()))
     ends.sender.peer(send_kv(ends.receiver.port))._no_group_until_s.clear()
     claim = ends.receiver.claim("after")
     assert ends.hand_over("after").delivered
     assert claim.get(timeout=WAIT_S).transport == "nixl"
+
+
+@needs_nixl
+def test_a_peer_is_met_once_and_forgotten_when_it_is_lost(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What UCX keeps of a connection would otherwise grow with each group."""
+    calls: list[str] = []
+    for name in ("meet", "leave"):
+        call = getattr(ends.nixl_there.agent, name)
+
+        def counted(told: object, name: str = name, call: Any = call) -> None:
+            calls.append(name)
+            call(told)
+
+        monkeypatch.setattr(ends.nixl_there.agent, name, counted)
+    peer = ends.sender.peer(send_kv(ends.receiver.port))
+    for number in range(3):
+        assert ends.hand_over(f"t{number}").delivered
+        peer._groups.pop("nixl").close("the test")
+        wait_until("its thread ends", lambda: not any(ends.nixl_there._peers.values()))
+    assert calls == ["meet"]
+    assert ends.hand_over("before").delivered
+
+    def failed(read: Read) -> bool:
+        raise ReadFailed("its connection broke")
+
+    monkeypatch.setattr(ends.nixl_there.agent, "is_over", failed)
+    assert not ends.hand_over("lost").delivered
+    wait_until("it is left", lambda: calls == ["meet", "leave"])
+    assert ends.nixl_there._peers == {}

@@ -43,6 +43,8 @@ TRIAL_BYTES = 64
 POLL_S = 0.0001
 UNFINISHED_POLL_S = 0.5
 UNFINISHED_BYTES_MAX = 256 << 20
+KNOWN_MAX = 256
+"""Agents that are kept known, those of running groups not counted."""
 
 
 class Nixl:
@@ -58,7 +60,8 @@ class Nixl:
         self.unfinished_bytes = 0
         self._lock = threading.Lock()
         self._pieces: _Pieces | None = None
-        self._peers: set[str] = set()
+        self._peers: dict[str, bool] = {}
+        """Agents that are known, and whether a group reads from them."""
 
     @property
     def name(self) -> str:
@@ -87,24 +90,31 @@ class Nixl:
         if pieces is not None:
             pieces.close()
 
-    def meet(self, metadata: bytes) -> str:
-        """Make another agent's memory readable. Returns its name."""
+    def meet(self, told: kv_pb2.NixlMemory) -> str:
+        """For a group that reads from it. Returns its name."""
+        peer = told.agent
         with self._lock:
-            peer = self.agent.meet(metadata)
-            if peer in self._peers:
-                # To leave it would be to leave the older group's reads.
+            if self._peers.get(peer):
+                # Its reads are of the same connection.
                 raise GroupBroken(f"an older group with {peer} has not ended yet")
-            self._peers.add(peer)
-            return peer
+            # UCX does not close the connection of one that is alive: each time it were one more.
+            if self._peers.pop(peer, None) is None:
+                self.agent.meet(told.metadata)
+            self._peers[peer] = True
+        return peer
+
+    def part(self, peer: str, is_lost: bool) -> None:
+        """The group has ended. `is_lost`: nothing can be read from it any more."""
+        with self._lock:
+            self._peers[peer] = False
+            idle = [known for known, is_read in self._peers.items() if not is_read]
+            for known in [peer] if is_lost else idle[:-KNOWN_MAX]:
+                del self._peers[known]
+                self.agent.leave(known)
 
     def keep(self, size_bytes: int) -> None:
         with self._lock:
             self.unfinished_bytes += size_bytes
-
-    def leave(self, peer: str) -> None:
-        with self._lock:
-            self._peers.discard(peer)
-            self.agent.leave(peer)
 
 
 def aligned(size_bytes: int) -> int:
@@ -118,7 +128,7 @@ class _Pieces:
     """Registered memory for what is announced, in pieces of the same size."""
 
     def __init__(self, agent: Agent) -> None:
-        self._agent = agent
+        self.agent = agent
         self._memory = torch.empty(PIECES * PIECE_BYTES, dtype=torch.uint8)
         self._registered = agent.register(self._memory)
         self.metadata = agent.metadata(self._registered)
@@ -151,7 +161,7 @@ class _Pieces:
         return int(self._memory.data_ptr()) + first
 
     def close(self) -> None:
-        self._agent.deregister(self._registered)
+        self.agent.deregister(self._registered)
 
 
 class _Outgoing(OutgoingGroup):
@@ -165,7 +175,8 @@ class _Outgoing(OutgoingGroup):
         trial = secrets.token_bytes(TRIAL_BYTES)
         piece = pieces.take()
         try:
-            member.nixl.metadata, member.nixl.trial = pieces.metadata, trial
+            member.nixl.agent, member.nixl.metadata = pieces.agent.name, pieces.metadata
+            member.nixl.trial = trial
             member.nixl.trial_address = pieces.fill(piece, [bytearray(trial)])
             super().__init__(call, member)
             self._joined()
@@ -243,13 +254,14 @@ class _Incoming(IncomingGroup):
         self._member = member
         self._reply = reply
         self._peer = ""
+        self._is_lost = False
         self._reads: list[Read] = []
         """That are not known to be over."""
         self._thread.start()
 
     def _enter(self) -> None:
         told = self._member.nixl
-        self._peer = self._nixl.meet(told.metadata)
+        self._peer = self._nixl.meet(told)
         # An agent may be known and still be out of reach: then the sender has to know it now.
         read = self._start(told.trial_address, len(told.trial))
         self._finish(read)
@@ -306,10 +318,11 @@ class _Incoming(IncomingGroup):
                 self._let_go(read)
         self._nixl.keep(-kept_bytes)
         if self._peer:
-            self._nixl.leave(self._peer)
+            self._nixl.part(self._peer, self._is_lost)
 
     def _is_over(self, read: Read) -> bool:
         try:
             return self._agent.is_over(read)
         except ReadFailed:
+            self._is_lost = True
             return True

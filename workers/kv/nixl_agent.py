@@ -55,8 +55,9 @@ class Agent:
         config.useProgThread = True
         config.pthrDelay = int(PROGRESS_S * 1e6)
         config.syncMode = _bindings.NIXL_THREAD_SYNC_STRICT
+        self.name = f"{worker}/{uuid.uuid4().hex}"
         try:
-            self._agent = _bindings.nixlAgent(f"{worker}/{uuid.uuid4().hex}", config)
+            self._agent = _bindings.nixlAgent(self.name, config)
             self._backends = [self._agent.createBackend(UCX, {})]
         except Exception as error:
             raise NoNixl(f"nixl does not work here: {error}") from error
@@ -75,10 +76,9 @@ class Agent:
         """By which others reach this agent and that memory."""
         return bytes(self._agent.getLocalPartialMD(registered, True, self._backends))
 
-    def meet(self, metadata: bytes) -> str:
-        """Make another agent known. Returns its name."""
-        name = self._agent.loadRemoteMD(metadata)
-        return name.decode() if isinstance(name, bytes) else str(name)
+    def meet(self, metadata: bytes) -> None:
+        """Make another agent known by its name."""
+        self._agent.loadRemoteMD(metadata)
 
     def leave(self, peer: str) -> None:
         self._agent.invalidateRemoteMD(peer)
