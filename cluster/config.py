@@ -45,6 +45,9 @@ class HandoffConfig(BaseModel):
         10, gt=0, description="time a decode leg waits for its KV before it recomputes the prompt"
     )
     idle_s: float = Field(30, gt=0, description="time after which an untouched transfer is dropped")
+    unclaimed_s: float = Field(
+        3, gt=0, description="time that KV which has come waits for its router to claim it"
+    )
     when: HandOver = Field(
         "always",
         description="'cheaper': a prompt is computed where it decodes if that should cost less",

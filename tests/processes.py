@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -138,13 +140,17 @@ class Cluster:
     handoff: dict[str, Any] = field(default_factory=dict)
     worker_args: dict[str, list[str]] = field(default_factory=dict)
     """More of `vllm_args` for some workers, by id."""
+    temporary: str = ""
+    """A folder for what killed workers leave behind."""
+    worker_module: str = "workers"
+    router_module: str = "router"
 
     def start_worker(
         self,
         worker_id: str,
         pool: str,
         cpu_ids: list[int],
-        module: str = "workers",
+        module: str = "",
         launcher: Sequence[str] = (),
         **settings: Any,
     ) -> Process:
@@ -158,8 +164,10 @@ class Cluster:
             "handoff": self.handoff,
             **settings,
         }
+        module = module or self.worker_module
         command = [*launcher, sys.executable, "-m", module, json.dumps(values)]
-        process = spawn(worker_id, command, self.folder, {**QUIET, **self.environment})
+        environment = {**temporary_files_in(self.temporary), **self.environment}
+        process = spawn(worker_id, command, self.folder, environment)
         self.workers[worker_id] = process
         return process
 
@@ -196,7 +204,7 @@ class Cluster:
             "adopt_deadline_s": 10.0,
             **self.router_settings,
         }
-        command = [sys.executable, "-m", "router", json.dumps(values)]
+        command = [sys.executable, "-m", self.router_module, json.dumps(values)]
         return spawn(router_id, command, self.folder, {**QUIET, **self.router_environment})
 
     def processes(self) -> list[Process]:
@@ -213,19 +221,32 @@ class Cluster:
 QUIET = {"VLLM_LOGGING_LEVEL": "WARNING"}
 
 
+def temporary_files_in(folder: str) -> dict[str, str]:
+    """For a process with vLLM in it, which would leave some behind. What it compiles is kept."""
+    if not folder:
+        return QUIET
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+    return {**QUIET, "TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+
+
 @contextlib.contextmanager
 def running_cluster(
     folder: Path,
     vllm_args: list[str],
     prefill: int = 1,
     decode: int = 1,
-    prefill_module: str = "workers",
+    prefill_module: str = "",
     environment: dict[str, str] | None = None,
     handoff: dict[str, Any] | None = None,
     worker_args: dict[str, list[str]] | None = None,
+    **others: Any,
 ) -> Iterator[Cluster]:
+    """`others`: of Cluster."""
     cores = sorted(os.sched_getaffinity(0))
-    with redis_server(folder) as (redis_url, _):
+    with (
+        tempfile.TemporaryDirectory(prefix="bt", ignore_cleanup_errors=True) as temporary,
+        redis_server(folder) as (redis_url, _),
+    ):
         url = f"http://127.0.0.1:{free_port()}"
         cluster = Cluster(
             url,
@@ -235,10 +256,12 @@ def running_cluster(
             environment=environment or {},
             handoff=handoff or {},
             worker_args=worker_args or {},
+            temporary=temporary,
+            **others,
         )
         try:
             for index, pool in enumerate(["prefill"] * prefill + ["decode"] * decode):
-                module = prefill_module if pool == "prefill" else "workers"
+                module = prefill_module if pool == "prefill" else ""
                 cpu_ids = [cores[index % len(cores)]]
                 if "--tensor-parallel-size" in cluster.worker_args.get(f"{pool}-{index}", []):
                     cpu_ids = cores
@@ -280,11 +303,13 @@ def plain_vllm(folder: Path, vllm_args: list[str]) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     command += [*vllm_args, "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**QUIET, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    process = spawn("plain", command, folder, environment)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_serving(url, process)
-        yield url
-    finally:
-        process.stop()
+    with tempfile.TemporaryDirectory(prefix="bt", ignore_cleanup_errors=True) as temporary:
+        one_thread = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        environment = {**temporary_files_in(temporary), **one_thread}
+        process = spawn("plain", command, folder, environment)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until_serving(url, process)
+            yield url
+        finally:
+            process.stop()

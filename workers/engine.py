@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 IDLE_STEP_S = 0.001
 """Pause after a step that ran nothing although requests are there."""
 
-SWEEP_EVERY_S = 1.0
+SWEEP_EVERY_S = 0.5
 
 HELD_S = 60.0
 """How long a prompt's beginning is kept for a transfer that nobody comes for."""
@@ -293,6 +293,7 @@ class EngineHost:
         self.held.expire(now)
         for transfer_id in self._endpoint.inbox.sweep():
             logger.warning("transfer %s was abandoned and is dropped", transfer_id)
+            self._release(transfer_id)
 
     def _add(self, client: int, request: EngineCoreRequest, message: worker_pb2.AddRequest) -> None:
         if not message.HasField("receive"):

@@ -58,6 +58,8 @@ class _Link:
     sent: int = 0
     arrivals: Arrivals = field(default_factory=Arrivals)
     request_ids: set[str] = field(default_factory=set)
+    holds: set[str] = field(default_factory=set)
+    """Transfers for which beginnings are held, until their decode leg comes."""
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -119,6 +121,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             if link.request_ids:
                 logger.info("a router left; aborting its %d requests", len(link.request_ids))
                 self.engine.abort(list(link.request_ids))
+            for transfer_id in link.holds:
+                self.engine.drop_transfer(transfer_id)
             await asyncio.gather(reader, return_exceptions=True)
 
     async def _read(self, link: _Link, requests: AsyncIterator[worker_pb2.ToEngine]) -> None:
@@ -130,13 +134,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 kind = message.WhichOneof("kind")
                 if kind == "add":
                     link.request_ids.add(message.add.leg_id)
+                    link.holds.discard(message.add.receive.transfer_id)
                     self.engine.add(link.client, message.add)
                 elif kind == "abort":
                     self.engine.abort(list(message.abort.request_ids))
                     link.request_ids.difference_update(message.abort.request_ids)
                 elif kind == "drop":
+                    link.holds.discard(message.drop.transfer_id)
                     self.engine.drop_transfer(message.drop.transfer_id)
                 elif kind == "hold":
+                    link.holds.add(message.hold.transfer_id)
                     self.engine.hold(message.hold)
                 elif kind == "tell_kv":
                     self.engine.tell_kv(link.client)

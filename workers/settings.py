@@ -19,6 +19,8 @@ class HandoffSettings:
     """For one transfer, from its first layer to the receiver's answer."""
     idle_s: float = 30.0
     """An untouched transfer is dropped after this time."""
+    unclaimed_s: float = 3.0
+    """So is one that has come whole, if it has no decode leg by then: its router is gone."""
     transport: Literal["auto", "grpc", "collective", "nixl"] = "grpc"
     """How payloads go to a worker that can take them so; else by gRPC."""
     codec: str = "none"

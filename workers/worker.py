@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -32,6 +33,7 @@ from workers.registration import Registration
 from workers.server import WorkerService, add_standard_services
 from workers.settings import WorkerSettings
 from workers.vllm_config import engine_config, fingerprint, geometry
+from workers.vllm_names import names_while_starting
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Worker:
                 settings.handoff.idle_s,
                 time.monotonic,
                 shared=ranks > 1,
+                max_unclaimed_s=settings.handoff.unclaimed_s,
             ),
             Sender(
                 identity,
@@ -120,7 +123,8 @@ class Worker:
             )
         service = WorkerService(loop)
         engine = EngineHost(config, endpoint, service)
-        await loop.run_in_executor(None, engine.start)
+        with names_while_starting() if ranks > 1 else contextlib.nullcontext():
+            await loop.run_in_executor(None, engine.start)
 
         server = grpc.aio.server(options=GRPC_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]

@@ -176,9 +176,14 @@ class Servers:
         port = free_port()
         address = ["--host", "127.0.0.1", "--port", str(port)]
         command = [*PYTHON, PLAIN_MODULE, "--model", str(model), *vllm_args, *address]
-        one_core = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": str(core)}
+        own = {
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": str(core),
+            # It leaves its sockets behind.
+            "VLLM_RPC_BASE_PATH": str(self.folder),
+        }
         cores = self.cores if self._free_front_end else [core]
-        async with self.running(name, port, command, cores, one_core | environment) as server:
+        async with self.running(name, port, command, cores, own | environment) as server:
             yield server
 
     def _start_guardian(self) -> subprocess.Popen[bytes]:

@@ -20,7 +20,7 @@ import httpx
 import openai
 import pytest
 
-from cluster import run_file
+from cluster import run_file, vllm_names
 from cluster.config import BUNDLED_MODEL_NAME
 from cluster.membership import Membership, open_redis
 from tests.processes import (
@@ -353,6 +353,7 @@ def test_hardware_decides_the_role_and_kill_leaves_nothing(short_tmp: Path) -> N
     `baton up` is killed outright."""
     nodes = [{"accelerator": "H20", "cpus": 2}, {"accelerator": "H100", "cpus": 1}]
     ranks = ("--decode-vllm-args", json.dumps(["--tensor-parallel-size", "2"]))
+    names = set(vllm_names.SHARED.iterdir())
     with up(short_tmp, "--local-nodes", json.dumps(nodes), *ranks) as started:
         workers = json.loads(started.command("status", "--json").stdout)["workers"]
         placed = {w["pool"]: w["accelerator"] for w in workers}
@@ -367,6 +368,8 @@ def test_hardware_decides_the_role_and_kill_leaves_nothing(short_tmp: Path) -> N
         started.process.popen.kill()
         started.process.popen.wait()
         assert_nothing_left(started, short_tmp)
+    left = [path.name for path in set(vllm_names.SHARED.iterdir()) - names]
+    assert not [name for name in left if name.startswith(vllm_names.PREFIXES)]
 
 
 def test_role_pinned_to_an_accelerator_by_hand(short_tmp: Path) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.gated_worker import GATES_FOLDER
 from tests.models import make_random_llama
 from tests.processes import Cluster, plain_vllm, running_cluster
 
 MAX_MODEL_LEN = 512
 CHUNK_TOKENS = 192
+WORKER_REQUESTS_MAX = 8
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +37,24 @@ def cluster(folder: Path, vllm_args: list[str]) -> Iterator[Cluster]:
     # gRPC, and the other way of sending, in one go, are what the tests of damaged hand-offs take.
     handoff = {"overlap": "always", "transport": "collective"}
     with running_cluster(folder, vllm_args, handoff=handoff) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def gated(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
+    """Where tests look for what is held, at points where they stop it, and at random ones."""
+    folder = tmp_path_factory.mktemp("gated")
+    with running_cluster(
+        folder,
+        vllm_args,
+        decode=2,
+        environment={GATES_FOLDER: str(folder)},
+        # A transfer of 32 KB or more is pushed layer by layer, a shorter one in one go.
+        handoff={"one_go_ms": 0.1, "credit_deadline_s": 30.0},
+        router_settings={"worker_requests_max": WORKER_REQUESTS_MAX},
+        worker_module="tests.integration.gated_worker",
+        router_module="tests.integration.telling_router",
+    ) as running:
         yield running
 
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from cluster import vllm_names
 from tests.integration.conftest import MAX_MODEL_LEN
 from tests.integration.test_equal_to_plain_vllm import ask, prompt_of, without_volatile
 from tests.integration.test_handoff import wait_for, worker_rows
@@ -95,6 +97,16 @@ def test_who_leaves_leaves_nothing(ends: Cluster) -> None:
     wait_for("workers hold nothing", nothing_held)
     receiver = ends.workers["decode-3"].popen.pid
     wait_for("no memory is lent", lambda: shared_memories(receiver) == 0)
+
+
+def test_what_ranks_share_has_no_name(ends: Cluster) -> None:
+    """So nothing is left of it, however they end."""
+    for worker in (ends.workers["prefill-1"], ends.workers["decode-3"]):
+        pids = [worker.popen.pid, *(rank.pid for rank in ranks_of(worker))]
+        maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+        assert "/dev/shm/psm_" in maps and "/dev/shm/vllm_dist_" in maps
+        assert not vllm_names.mapped_by(pids)
+    assert not [path for path in Path(ends.temporary).rglob("*") if path.is_socket()]
 
 
 def ranks_of(process: Process) -> list[psutil.Process]:

@@ -9,41 +9,35 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc.aio
 import httpx
-import pytest
 
-from cluster.membership import Membership, WorkerRecord, WorkerState, open_redis
-from cluster.wire import worker_pb2, worker_pb2_grpc
+from tests.integration.conftest import MAX_MODEL_LEN
+from tests.integration.held import FREE_S, Watch
 from tests.integration.test_equal_to_plain_vllm import ask, prompt_of
-from tests.processes import Cluster, metrics, running_cluster
+from tests.processes import Cluster, metrics
 
 SEED = 20_261
 REQUESTS = 1000
 AT_ONCE = 12
 PROMPTS = 40
+FOLLOW_UPS = 12
+"""Of the prompts, that go on where another one ends: its KV may be there already."""
 OUTPUT_TOKENS_MAX = 20
 GIVE_UP = 0.3
 """Share of the requests that their client gives up."""
 GIVE_UP_WITHIN_S = 0.5
+GIVEN_UP_TOKENS = 200
+"""That such a request asks for: more than come in that time."""
+LATE_TOKENS_MAX = 100
+"""That come of a leg after it was cancelled: of steps that were on their way."""
 KILL_EVERY = 200
 """Requests."""
-SETTLE_S = 60.0
-"""Also for a worker to come back that a busy machine kept from renewing its lease."""
+BACK_S = 60.0
+"""For a worker to come back that a busy machine kept from renewing its lease."""
 POOL_OF = {"prefill-0": "prefill", "decode-1": "decode", "decode-2": "decode"}
-
-
-@pytest.fixture(scope="module")
-def soaked(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
-    # A transfer of 32 KB or more is pushed layer by layer, a shorter one in one go.
-    handoff = {"one_go_ms": 0.1}
-    folder = tmp_path_factory.mktemp("soaked")
-    with running_cluster(folder, vllm_args, prefill=1, decode=2, handoff=handoff) as cluster:
-        yield cluster
 
 
 @dataclass
@@ -79,6 +73,8 @@ class Soak:
         give_up_s = None
         if self.random.random() < GIVE_UP:
             give_up_s = self.random.uniform(0, GIVE_UP_WITHIN_S)
+            room = MAX_MODEL_LEN - len(body["prompt"])
+            tokens = body["max_tokens"] = min(GIVEN_UP_TOKENS, room)
         said: list[int] = []
         try:
             async with asyncio.timeout(give_up_s):
@@ -90,8 +86,9 @@ class Soak:
             self.ended["answered"] += 1
             if not problem and len(said) != tokens:
                 problem = f"{len(said)} tokens instead of {tokens}"
-        if said != self.expected[which][: len(said)]:
-            problem = f"{said} is not the beginning of {self.expected[which]}"
+        known = self.expected[which][: len(said)]
+        if said[: len(known)] != known:
+            problem = f"{said} does not begin as {self.expected[which]}"
         if problem:
             self.wrong.append(f"request {number}, prompt {which}: {problem}")
 
@@ -121,6 +118,9 @@ class Soak:
             assert time.monotonic() < until, f"{name} does not come back"
             await asyncio.sleep(0.2)
 
+    def incarnations(self) -> set[str]:
+        return {self.incarnation(name) for name in self.cluster.workers}
+
     def incarnation(self, name: str) -> str:
         command = self.cluster.workers[name].popen.args
         assert isinstance(command, list)
@@ -128,52 +128,39 @@ class Soak:
 
 
 async def workers_in_reach(cluster: Cluster) -> dict[str, str]:
-    """Incarnations by worker, as the router sees them."""
+    """Incarnations of those that are ready, by worker, as the router sees them."""
     async with httpx.AsyncClient() as client:
         state = (await client.get(f"{cluster.url}/dashboard/state")).json()
     found = dict.fromkeys(POOL_OF, "")
-    return found | {row["worker_id"]: row["incarnation"] for row in state["workers"]}
+    ready = [row for row in state["workers"] if row["state"] == "ready"]
+    return found | {row["worker_id"]: row["incarnation"] for row in ready}
 
 
-async def ready_workers(cluster: Cluster) -> list[WorkerRecord]:
-    redis = open_redis(cluster.redis_url)
-    try:
-        records = await Membership(redis, "baton", 2.4).workers()
-    finally:
-        await redis.aclose()
-    return [record for record in records if record.state is WorkerState.READY]
-
-
-async def holdings(address: str) -> dict[str, int]:
-    """What a worker holds, without its connections."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
-        held = await stub.Hold(worker_pb2.HoldRequest(), timeout=5)
-    fields = {field.name: getattr(held, field.name) for field, _ in held.ListFields()}
-    return {name: value for name, value in fields.items() if name not in ("peers", "tasks")}
-
-
-async def held_by_all(cluster: Cluster) -> dict[str, dict[str, int]]:
-    """Only of those that hold something, or are not there."""
-    held: dict[str, dict[str, int]] = {name: {"missing": 1} for name in POOL_OF}
-    for record in await ready_workers(cluster):
-        held[record.worker_id] = await holdings(record.address)
-    return {name: what for name, what in held.items() if what}
+def prompts() -> list[list[int]]:
+    lengths = random.Random(SEED)
+    first = [
+        prompt_of(lengths.randint(2, 450 if i >= FOLLOW_UPS else 280), 50_000 + i)
+        for i in range(PROMPTS - FOLLOW_UPS)
+    ]
+    further = [
+        said + prompt_of(lengths.randint(140, 180), 60_000 + i)
+        for i, said in enumerate(first[:FOLLOW_UPS])
+    ]
+    return first + further
 
 
 def test_nothing_is_held_and_nothing_wrong_after_a_thousand_requests(
-    soaked: Cluster, plain: str
+    gated: Cluster, plain: str
 ) -> None:
-    lengths = random.Random(SEED)
-    bodies = [
+    bodies: list[dict[str, Any]] = [
         {
             "model": "m",
-            "prompt": prompt_of(lengths.randint(2, 450), 50_000 + i),
+            "prompt": prompt,
             "temperature": 0,
             "ignore_eos": True,
             "return_token_ids": True,
         }
-        for i in range(PROMPTS)
+        for prompt in prompts()
     ]
     expected = [
         ask(plain, "/v1/completions", {**body, "max_tokens": OUTPUT_TOKENS_MAX})[1]["choices"][0][
@@ -181,18 +168,34 @@ def test_nothing_is_held_and_nothing_wrong_after_a_thousand_requests(
         ]
         for body in bodies
     ]
-    soak = Soak(soaked, bodies, expected)
+    soak = Soak(gated, bodies, expected)
     asyncio.run(soak.run())
     assert not soak.wrong, "\n".join(soak.wrong[:20])
     assert soak.ended["answered"] + soak.ended["given up"] == REQUESTS
     assert soak.ended["given up"] > REQUESTS * GIVE_UP / 4
     assert soak.ended["killed"] == REQUESTS // KILL_EVERY
-    assert metrics(soaked.url)["baton_handoffs_completed_total"] > REQUESTS / 4
+    told = metrics(gated.url)
+    assert told["baton_handoffs_completed_total"] > REQUESTS / 4
+    assert told["baton_handoff_held_tokens_total"] > 0
 
-    until = time.monotonic() + SETTLE_S
-    while held := asyncio.run(held_by_all(soaked)):
-        assert time.monotonic() < until, f"still held: {held}"
+    until_s = time.monotonic() + BACK_S
+    while set(asyncio.run(workers_in_reach(gated)).values()) != soak.incarnations():
+        assert time.monotonic() < until_s, "a worker does not come back"
         time.sleep(0.2)
-    state = httpx.get(f"{soaked.url}/dashboard/state").json()
-    assert state["requests_running"] == 0
-    assert metrics(soaked.url)["baton_requests_queued"] == 0
+    until_s = time.monotonic() + FREE_S
+    with Watch(gated) as watch:
+        while held := something_held(watch):
+            assert time.monotonic() < until_s, f"still held: {held}"
+            time.sleep(0.2)
+        assert watch.late_tokens() <= LATE_TOKENS_MAX
+
+
+def something_held(watch: Watch) -> dict[str, dict[str, int]]:
+    """But for connections, and what serves them."""
+    held = {
+        process: {
+            w: n for w, n in what.items() if n and w not in ("peers", "tasks", "grpc threads")
+        }
+        for process, what in watch.now().items()
+    }
+    return {process: what for process, what in held.items() if what}

@@ -2,8 +2,8 @@
 
 The files that touch vLLM's internals: workers/engine.py, workers/vllm_config.py,
 workers/vllm_resume.py, workers/kv_events.py, workers/kv/connector.py, workers/kv/ranks.py,
-workers/kv/layout.py, router/cluster_core.py, router/server.py, cluster/vllm_args.py,
-cluster/vllm_blocks.py.
+workers/kv/layout.py, workers/vllm_names.py, router/cluster_core.py, router/server.py,
+cluster/vllm_args.py, cluster/vllm_blocks.py.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import re
+import tempfile
+from multiprocessing import resource_tracker
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
+from vllm.utils.network_utils import get_file_store_init_method
 from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.worker.cpu_worker import CPUWorker
 
+from cluster import vllm_names
 from cluster.config import BUNDLED_MODEL
 from cluster.vllm_blocks import BlockHasher, engine_probe
 from cluster.wire import kv_pb2
@@ -28,6 +34,7 @@ from workers.kv.ranks import Part, part_of
 from workers.kv.service import fingerprint_mismatch
 from workers.kv_events import KvEventCollector
 from workers.vllm_config import engine_config, fingerprint, geometry
+from workers.vllm_names import tolerate_lost_names
 from workers.vllm_resume import CpuGenerator
 
 PINNED = "0.32.0"
@@ -328,3 +335,25 @@ def test_copies_of_a_block_are_counted() -> None:
     assert list(collector.everything().stored) == [2, 3]
     assert publish(AllBlocksCleared(), stored(5)) == (True, [5], [])
     assert list(collector.everything().stored) == [5]
+
+
+def test_a_queue_between_ranks_may_lose_its_name() -> None:
+    class Queue(ShmRingBuffer):  # type: ignore[misc]
+        """Not for later tests."""
+
+    buffer = Queue(n_reader=1, max_chunk_bytes=8, max_chunks=2)
+    name = buffer.shared_memory.name
+    assert name.startswith(vllm_names.PREFIXES)
+    vllm_names.remove([name])
+    with pytest.raises(FileNotFoundError):
+        buffer.__del__()
+    tolerate_lost_names(Queue)
+    buffer.__del__()
+    resource_tracker.unregister(f"/{name}", "shared_memory")
+    buffer.is_creator = False
+
+
+def test_memory_for_collectives_is_named_after_where_ranks_meet() -> None:
+    source = inspect.getsource(CPUWorker.init_device)
+    assert "os.path.basename(init_method" in source and "VLLM_DIST_IDENT" in source
+    assert get_file_store_init_method().startswith(f"file://{tempfile.gettempdir()}/vllm_dist_")

@@ -14,11 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from cluster import guardian
+from cluster import guardian, vllm_names
 from cluster.guardian import RUN_VARIABLE, end_processes, processes_of
 
 DEADLINE_S = 15.0
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+SHARING = (
+    """
+from multiprocessing import resource_tracker, shared_memory
+memory = shared_memory.SharedMemory(create=True, size=8)
+# As if it had been killed.
+resource_tracker.unregister(memory._name, "shared_memory")
+"""
+    + SLEEP
+)
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEP
 PARENT = """
 import os, subprocess, sys, time
@@ -119,6 +128,26 @@ def test_ends_the_marked_and_leaves_others(run_id: str, start: Start, tmp_path: 
     assert marked.wait(1) == -signal.SIGTERM
     assert unmarked.poll() is None and anothers.poll() is None
     assert not folder.exists() and not file.exists() and tmp_path.exists()
+
+
+def test_no_memory_keeps_a_name(run_id: str, start: Start, tmp_path: Path) -> None:
+    """Neither what a process had mapped, nor what ranks had that met in the run's folder."""
+    [mapped] = vllm_names.mapped_by([start(SHARING, run_id).pid])
+    [others] = vllm_names.mapped_by([start(SHARING, None).pid])
+    left = vllm_names.SHARED / f"vllm_dist_{run_id}-tp:0-[0-1]-cpushm_1"
+    left.touch()
+    (tmp_path / "run" / "tmp").mkdir(parents=True)
+    (tmp_path / "run" / "tmp" / f"vllm_dist_{run_id}").touch()
+    try:
+        guarding = guard(run_id, tmp_path / "run")
+        assert guarding.stdin is not None
+        guarding.stdin.close()
+        assert guarding.wait(DEADLINE_S) == 0
+        assert not (vllm_names.SHARED / mapped).exists() and not left.exists()
+        assert (vllm_names.SHARED / others).exists()
+    finally:
+        left.unlink(missing_ok=True)
+        vllm_names.remove([mapped, others])
 
 
 def test_acts_when_the_parent_is_killed(run_id: str, tmp_path: Path) -> None:

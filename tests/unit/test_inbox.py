@@ -366,6 +366,20 @@ def test_idle_transfers_are_swept_whatever_their_state() -> None:
     assert inbox.receive(kv_frame("arriving"))[0] is TransferState.FAILED
 
 
+def test_what_is_whole_waits_less_for_its_router() -> None:
+    clock = Clock()
+    inbox = Inbox(GEOMETRY, HERE, 10 * WHOLE_BYTES, MAX_IDLE_S, clock, max_unclaimed_s=3.0)
+    receive_all(inbox, open_frame("arriving"))
+    for transfer_id in ("unclaimed", "claimed"):
+        receive_all(inbox, open_frame(transfer_id), *kv_frames(transfer_id))
+    inbox.expect("claimed", SENDER, lambda settled: None)
+    clock.now_s += 3.0
+    assert inbox.sweep() == []
+    clock.now_s += 0.1
+    assert inbox.sweep() == ["unclaimed"]
+    assert inbox.bytes_held == 2 * WHOLE_BYTES
+
+
 @pytest.mark.parametrize("touch", ["frame", "claim"])
 def test_what_is_touched_is_not_idle(touch: str) -> None:
     clock = Clock()

@@ -34,6 +34,7 @@ from workers.kv.layout import PagedLayer, paged_layer
 from workers.kv.ranks import RANKS_KEY, RankEndpoint, RankSettings, enter_rank
 from workers.kv.shared import SharedFrames, SharedMemory
 from workers.kv.transfer import FRAME_BYTES_MAX
+from workers.vllm_names import tolerate_lost_names
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -111,6 +112,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._endpoint: KvEndpoint
         self._runner: KvEndpoint | RankEndpoint
         if ranks is not None and role is KVConnectorRole.WORKER:
+            tolerate_lost_names()
             self._runner = enter_rank(ranks, get_tensor_model_parallel_rank())
         else:
             self._endpoint = self._runner = published(extra[ENDPOINT_KEY])

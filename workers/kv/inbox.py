@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -151,8 +152,9 @@ class _Transfer:
 class Inbox:
     """Transfers by id, within a budget of bytes. Safe to call from several threads.
 
-    `max_idle_s` bounds how long a transfer stays without a frame, a claim or an adoption: its
-    sender or its router is gone. Callbacks come without the lock, on the thread that made the
+    `max_idle_s` bounds how long a transfer stays without a frame, a claim or an adoption, and
+    `max_unclaimed_s` how long one does that is whole and was never claimed: its sender or its
+    router is gone. Callbacks come without the lock, on the thread that made the
     change. With `shared`, payloads are kept where other processes can map them.
     """
 
@@ -164,11 +166,13 @@ class Inbox:
         max_idle_s: float,
         clock: Callable[[], float],
         shared: bool = False,
+        max_unclaimed_s: float = math.inf,
     ) -> None:
         self.geometry = geometry
         self.incarnation = incarnation
         self.max_bytes = max_bytes
         self._max_idle_s = max_idle_s
+        self._max_unclaimed_s = min(max_unclaimed_s, max_idle_s)
         self._clock = clock
         self._shared = shared
         self._lock = threading.Lock()
@@ -334,15 +338,22 @@ class Inbox:
             self._notice(transfer)
 
     def sweep(self) -> list[str]:
-        """Fail and forget transfers nobody touched for `max_idle_s`. Returns their ids."""
+        """Fail and forget transfers that nobody touched in time. Returns their ids."""
         now = self._clock()
         with self._lock:
-            idle = [t for t in self._transfers.values() if now - t.changed_at_s > self._max_idle_s]
+            idle = [
+                t for t in self._transfers.values() if now - t.changed_at_s > self._may_idle_s(t)
+            ]
             for old in [i for i, at in self._over.items() if now - at > 4 * self._max_idle_s]:
                 del self._over[old]
         for transfer in idle:
-            self.drop(transfer.transfer_id, f"nobody touched it for {self._max_idle_s:g} s")
+            reason = f"nobody touched it for {self._may_idle_s(transfer):g} s"
+            self.drop(transfer.transfer_id, reason)
         return [transfer.transfer_id for transfer in idle]
+
+    def _may_idle_s(self, transfer: _Transfer) -> float:
+        unclaimed = transfer.state is TransferState.WHOLE and transfer.expected_sender is None
+        return self._max_unclaimed_s if unclaimed else self._max_idle_s
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:

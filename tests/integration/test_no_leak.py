@@ -1,0 +1,479 @@
+"""Clients that go away at each point of a request's way, and messages that come twice or too late:
+whatever was held for the request is free again."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.wire import kv_pb2, worker_pb2
+from tests.integration.conftest import WORKER_REQUESTS_MAX
+from tests.integration.gated_worker import (
+    ADDED,
+    ENGINE,
+    GRAMMAR,
+    LAYER,
+    OUTPUTS,
+    PUSHED,
+    RECORD,
+    SENDING,
+)
+from tests.integration.held import Client, Held, OtherRouter, OtherSender, Watch, wait_until
+from tests.integration.test_equal_to_plain_vllm import prompt_of
+from tests.processes import Cluster
+from workers.kv.frames import encode_frame
+
+IN_ONE_GO, LAYER_BY_LAYER = 8, 450
+"""Tokens of prompts that are sent after their prefill, and while it computes, in three chunks."""
+SEEDS = itertools.count(90_000)
+
+
+@pytest.fixture(scope="module")
+def watch(gated: Cluster) -> Iterator[Watch]:
+    with Watch(gated) as watch:
+        yield watch
+
+
+@pytest.fixture(scope="module")
+def idle(watch: Watch) -> Held:
+    """What the processes hold when they have worked, and nothing runs."""
+
+    def met_all() -> bool:
+        status = httpx.post(
+            f"{watch.cluster.url}/v1/completions",
+            json=asking(LAYER_BY_LAYER, max_tokens=2),
+            headers={"X-Baton-Policy": "round_robin"},
+            timeout=60,
+        ).status_code
+        assert status == 200
+        return watch.worker("prefill-0")["peers"] == len(watch.decode_workers)
+
+    wait_until("the prefill worker has sent to all others", met_all)
+
+    def at_rest() -> bool:
+        held = watch.now()
+        of_workers = ("requests", "kv_blocks", "inbox_transfers", "sending_transfers")
+        busy = any(
+            held[worker][what] for worker in held if worker != "router" for what in of_workers
+        )
+        return not busy and not held["router"]["lives"]
+
+    wait_until("nothing runs", at_rest)
+    held = watch.now()
+    wait_until("it stays so", lambda: held == watch.now())
+    return held
+
+
+@pytest.fixture(params=["closes", "vanishes"])
+def stream(request: pytest.FixtureRequest) -> bool:
+    """The client closes a stream, or resets the connection on which it waits for an answer."""
+    return bool(request.param == "closes")
+
+
+def asking(tokens: int, seed: int | None = None, **values: Any) -> dict[str, Any]:
+    prompt = prompt_of(tokens, next(SEEDS) if seed is None else seed)
+    return {
+        "model": "m",
+        "prompt": prompt,
+        "temperature": 0,
+        "max_tokens": 40,
+        "ignore_eos": True,
+        **values,
+    }
+
+
+@pytest.fixture(autouse=True)
+def starts_idle(watch: Watch, idle: Held) -> None:
+    watch.settles_to(idle)
+
+
+# --- clients that go away -------------------------------------------------------------------------
+
+
+def test_queued_in_router_and_worker(watch: Watch, idle: Held, stream: bool) -> None:
+    with watch.closed("prefill", ENGINE, "any"):
+        clients = [
+            Client(watch.cluster.url, asking(IN_ONE_GO), stream)
+            for _ in range(WORKER_REQUESTS_MAX + 1)
+        ]
+
+        def queued() -> bool:
+            held = watch.now()
+            waiting = held["prefill-0"]["waiting"] == WORKER_REQUESTS_MAX
+            return waiting and held["router"]["queued"] == 1
+
+        wait_until("one waits in the router, the others in the worker", queued)
+        for client in clients:
+            client.leave()
+        watch.settles_to(idle)
+
+
+def test_between_two_chunks_of_the_prefill(watch: Watch, idle: Held, stream: bool) -> None:
+    with watch.closed("prefill", ENGINE, "computing"):
+        client = Client(watch.cluster.url, asking(LAYER_BY_LAYER), stream)
+        wait_until(
+            "a chunk is computed, and sent",
+            lambda: watch.reached("prefill", ENGINE) and watch.decode("inbox_bytes"),
+        )
+        assert watch.worker("prefill-0")["kv_blocks"]
+        client.leave()
+        watch.settles_to(idle)
+
+
+@pytest.mark.parametrize("tokens", [IN_ONE_GO, LAYER_BY_LAYER])
+def test_within_a_step_of_the_prefill(watch: Watch, idle: Held, stream: bool, tokens: int) -> None:
+    with watch.closed("prefill", LAYER):
+        client = Client(watch.cluster.url, asking(tokens), stream)
+        wait_until("a layer is computed", lambda: watch.reached("prefill", LAYER))
+        client.leave()
+        wait_until("the worker is told", lambda: not watch.worker("prefill-0")["requests"])
+        # Its engine will be when the step has ended, and until then its stream stays open.
+        wait_until("the other has dropped it", lambda: not watch.decode("inbox_transfers"))
+    watch.settles_to(idle)
+
+
+@pytest.mark.parametrize("tokens", [IN_ONE_GO, LAYER_BY_LAYER])
+def test_after_the_prefill(watch: Watch, idle: Held, stream: bool, tokens: int) -> None:
+    """The KV has been sent, and the router does not know it yet."""
+    with watch.closed("prefill", OUTPUTS):
+        client = Client(watch.cluster.url, asking(tokens), stream)
+
+        def sent() -> bool:
+            return bool(
+                watch.decode("inbox_transfers")
+                and not watch.worker("prefill-0")["sending_transfers"]
+                and watch.reached("prefill", OUTPUTS)
+            )
+
+        wait_until("all is sent", sent)
+        client.leave()
+        watch.settles_to(idle)
+    # The outputs come too late.
+    watch.settles_to(idle)
+
+
+@pytest.mark.parametrize("tokens", [IN_ONE_GO, LAYER_BY_LAYER])
+def test_during_the_transfer(watch: Watch, idle: Held, stream: bool, tokens: int) -> None:
+    with watch.closed("prefill", SENDING):
+        client = Client(watch.cluster.url, asking(tokens), stream)
+
+        def half_sent() -> bool:
+            waits = watch.decode("waiting") and watch.decode("inbox_bytes")
+            return bool(waits and watch.reached("prefill", SENDING))
+
+        wait_until("the decode leg waits for the rest", half_sent)
+        client.leave()
+        wait_until(
+            "the decode worker has thrown it away",
+            lambda: not (watch.decode("inbox_transfers") or watch.decode("waiting")),
+        )
+    watch.settles_to(idle)
+
+
+@contextlib.contextmanager
+def full_inboxes(watch: Watch) -> Iterator[None]:
+    """Another transfer has all the room of every decode worker."""
+    with contextlib.ExitStack() as stack:
+        for worker_id in watch.decode_workers:
+            stack.enter_context(full_inbox(watch, worker_id))
+        yield
+
+
+@contextlib.contextmanager
+def full_inbox(watch: Watch, worker_id: str) -> Iterator[None]:
+    about = watch.describe(worker_id)
+    tokens = about.inbox_bytes_max // about.kv_bytes_per_token
+    transfer_id, channel = f"filler {next(SEEDS)}", watch.channel(worker_id)
+    with OtherRouter(channel) as router, OtherSender(channel, transfer_id) as sender:
+        sender.send(opening(transfer_id, about.incarnation, tokens))
+        assert sender.heard().HasField("credit")
+        yield
+        router.send(dropping(transfer_id))
+        done_so_far(router)
+
+
+def opening(transfer_id: str, incarnation: str, tokens: int) -> bytes:
+    opened = kv_pb2.OpenTransfer(
+        tokens=tokens,
+        prompt_digest=bytes(16),
+        from_worker_id="prefill-9",
+        from_incarnation="1",
+        to_incarnation=incarnation,
+    )
+    return encode_frame(kv_pb2.FrameHeader(transfer_id=transfer_id, open=opened))
+
+
+def done_so_far(router: OtherRouter) -> None:
+    """What it said has come to the worker."""
+    call = worker_pb2.UtilityCall(call_id=1, method="is_scheduler_paused", args=b"\x90")
+    router.send(worker_pb2.ToEngine(utility=call))
+    router.hears("utility")
+
+
+def dropping(transfer_id: str) -> worker_pb2.ToEngine:
+    return worker_pb2.ToEngine(drop=worker_pb2.DropTransfer(transfer_id=transfer_id))
+
+
+def test_waiting_for_room_after_the_prefill(watch: Watch, idle: Held, stream: bool) -> None:
+    with full_inboxes(watch):
+        full = watch.now()
+        client = Client(watch.cluster.url, asking(IN_ONE_GO), stream)
+        wait_until(
+            "the decode leg waits for KV that has no room",
+            lambda: watch.decode("waiting") and watch.worker("prefill-0")["sending_transfers"],
+        )
+        assert watch.worker("prefill-0")["staged_bytes"]
+        client.leave()
+        watch.settles_to(full)
+    watch.settles_to(idle)
+
+
+def test_waiting_for_room_during_the_prefill(watch: Watch, idle: Held, stream: bool) -> None:
+    with full_inboxes(watch), watch.closed("prefill", ENGINE, "computing"):
+        full = watch.now()
+        client = Client(watch.cluster.url, asking(LAYER_BY_LAYER), stream)
+        there = watch.decode("inbox_transfers") + 1
+        wait_until(
+            "KV waits that has no room",
+            lambda: (
+                watch.worker("prefill-0")["staged_bytes"]
+                and watch.decode("inbox_transfers") == there
+            ),
+        )
+        client.leave()
+        watch.settles_to(full)
+    watch.settles_to(idle)
+
+
+@pytest.mark.parametrize("tokens", [IN_ONE_GO, LAYER_BY_LAYER])
+def test_between_transfer_and_decode(watch: Watch, idle: Held, stream: bool, tokens: int) -> None:
+    with watch.closed("decode", ENGINE, "any"):
+        adopted = watch.state()["handoffs_completed"]
+        client = Client(watch.cluster.url, asking(tokens), stream)
+        wait_until(
+            "the decode leg has its KV, and is in vLLM's queue",
+            lambda: watch.state()["handoffs_completed"] > adopted and watch.decode("waiting"),
+        )
+        assert watch.decode("inbox_bytes")
+        client.leave()
+        watch.settles_to(idle)
+
+
+def test_between_transfer_and_grammar(watch: Watch, idle: Held, stream: bool) -> None:
+    with watch.closed("decode", GRAMMAR):
+        body = asking(IN_ONE_GO, structured_outputs={"regex": "[a-c0-9]{60}"}, ignore_eos=False)
+        client = Client(watch.cluster.url, body, stream)
+        wait_until("its grammar is compiled", lambda: watch.reached("decode", GRAMMAR))
+        assert watch.decode("inbox_bytes")
+        client.leave()
+        watch.settles_to(idle)
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_with_a_beginning_that_is_held(watch: Watch, idle: Held, stream: bool, sent: bool) -> None:
+    """The decode worker keeps blocks of its prefix cache for a transfer that begins behind them."""
+    body, policy = asking(260, max_tokens=2), {"X-Baton-Policy": "prefix_aware"}
+    url = watch.cluster.url
+    assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+    body["prompt"] += asking(180)["prompt"]
+    clients = []
+
+    def held() -> bool:
+        for client in clients:
+            client.leave()
+        clients.append(Client(url, body, stream, policy))
+        wait_until("queued", lambda: watch.worker("prefill-0")["waiting"] == len(clients))
+        return watch.decode("kv_blocks") > 0
+
+    with watch.closed("decode", ENGINE, "any"):
+        adopted = watch.state()["handoffs_completed"]
+        with watch.closed("prefill", ENGINE, "any"):
+            # What the decode worker has stored it tells a moment later.
+            wait_until("a beginning is held", held)
+            if not sent:
+                clients[-1].leave()
+                watch.settles_to(idle)
+                return
+        wait_until("the rest is sent", lambda: watch.state()["handoffs_completed"] > adopted)
+        assert watch.decode("kv_blocks")
+        clients[-1].leave()
+        watch.settles_to(idle)
+
+
+def test_during_decode(watch: Watch, idle: Held, stream: bool) -> None:
+    with watch.closed("decode", ENGINE, "decoding"):
+        client = Client(watch.cluster.url, asking(LAYER_BY_LAYER), stream)
+        wait_until("some is decoded", lambda: watch.reached("decode", ENGINE))
+        assert watch.decode("kv_blocks")
+        client.leave()
+        watch.settles_to(idle)
+
+
+# --- messages that come twice, or when all is over ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was said about a request: leg ids, and messages that may come again."""
+
+    transfer_id: str
+    pushed: list[bytes]
+    prefill: worker_pb2.AddRequest
+    decode: worker_pb2.AddRequest
+    decode_worker: str
+
+
+@contextlib.contextmanager
+def recording(watch: Watch) -> Iterator[None]:
+    with watch.closed("prefill", RECORD), watch.closed("decode", RECORD):
+        yield
+
+
+def record(watch: Watch, decode_worker: str) -> Record:
+    transfer_id, *pushed = watch.left("prefill-0", PUSHED).decode().split("\n")
+    return Record(
+        transfer_id,
+        [bytes.fromhex(message) for message in pushed],
+        worker_pb2.AddRequest.FromString(watch.left("prefill-0", ADDED)),
+        worker_pb2.AddRequest.FromString(watch.left(decode_worker, ADDED)),
+        decode_worker,
+    )
+
+
+def answered(watch: Watch, body: dict[str, Any]) -> tuple[str, str]:
+    """The text, and the decode worker."""
+    answer = httpx.post(f"{watch.cluster.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    placement = answer.headers["x-baton-placement"]
+    return answer.json()["choices"][0]["text"], re.findall(r"-> (decode-\d)", placement)[0]
+
+
+@pytest.fixture(scope="module")
+def over(watch: Watch, idle: Held) -> Record:
+    """Of a request that was handed over, and has ended."""
+    with recording(watch):
+        found = record(watch, answered(watch, asking(IN_ONE_GO))[1])
+    assert found.prefill.send.transfer_id == found.decode.receive.transfer_id == found.transfer_id
+    watch.settles_to(idle)
+    return found
+
+
+def pushed_again(watch: Watch, worker_id: str, transfer_id: str, messages: list[bytes]) -> str:
+    """Returns why it is refused."""
+    with OtherSender(watch.channel(worker_id), transfer_id) as sender:
+        for message in messages:
+            sender.send(message)
+        reply = sender.heard()
+    assert reply.HasField("result") and not reply.result.delivered
+    return reply.result.reason
+
+
+def aborting(transfer_id: str) -> bytes:
+    abort = kv_pb2.AbortTransfer(reason="too late")
+    return encode_frame(kv_pb2.FrameHeader(transfer_id=transfer_id, abort=abort))
+
+
+def test_a_transfer_comes_again(watch: Watch, idle: Held, over: Record) -> None:
+    for messages in (over.pushed, over.pushed[1:], [aborting(over.transfer_id)]):
+        reason = pushed_again(watch, over.decode_worker, over.transfer_id, messages)
+        assert reason == "the transfer is over"
+        watch.settles_to(idle)
+
+
+def test_a_transfer_comes_after_it_was_dropped(watch: Watch, idle: Held, over: Record) -> None:
+    """The router gave it up before it was opened."""
+    worker_id = over.decode_worker
+    with OtherRouter(watch.channel(worker_id)) as router:
+        router.send(dropping("dropped"))
+        done_so_far(router)
+        opened = opening("dropped", watch.describe(worker_id).incarnation, 8)
+        assert pushed_again(watch, worker_id, "dropped", [opened]) == "the transfer is over"
+    watch.settles_to(idle)
+
+
+@pytest.mark.parametrize("gate", ["any", "decoding"])
+def test_a_transfer_comes_again_while_its_request_runs(watch: Watch, idle: Held, gate: str) -> None:
+    """Whole and not yet adopted, or adopted: the answer is right, and nothing stays."""
+    body = asking(IN_ONE_GO)
+    answer: list[tuple[str, str]] = []
+    thread = threading.Thread(target=lambda: answer.append(answered(watch, body)))
+    with recording(watch), watch.closed("decode", ENGINE, gate):
+        adopted = watch.state()["handoffs_completed"]
+        thread.start()
+        wait_until("it runs", lambda: watch.state()["handoffs_completed"] > adopted)
+        if gate == "decoding":
+            wait_until("it decodes", lambda: watch.reached("decode", ENGINE))
+        [worker_id] = [w for w in watch.decode_workers if watch.worker(w)["requests"]]
+        again = record(watch, worker_id)
+        assert pushed_again(watch, worker_id, again.transfer_id, again.pushed)
+    thread.join()
+    watch.settles_to(idle)
+    assert answer[0][0] == answered(watch, body)[0]
+    watch.settles_to(idle)
+
+
+def test_a_router_speaks_too_late(watch: Watch, idle: Held, over: Record) -> None:
+    """Of legs and a transfer that have ended, to both workers, and twice."""
+    for worker_id, leg in (("prefill-0", over.prefill), (over.decode_worker, over.decode)):
+        messages: dict[str, Any] = {
+            "drop": worker_pb2.DropTransfer(transfer_id=over.transfer_id),
+            "abort": worker_pb2.AbortRequests(request_ids=[leg.leg_id]),
+            "hold": worker_pb2.HoldPrefix(transfer_id=over.transfer_id, request=leg.request),
+            "move": worker_pb2.MoveOut(leg_id=leg.leg_id, send=over.prefill.send),
+        }
+        with OtherRouter(watch.channel(worker_id)) as router:
+            for _ in range(2):
+                for kind, message in messages.items():
+                    router.send(worker_pb2.ToEngine(**{kind: message}))
+                assert not router.hears("moved").moved.moved
+        watch.settles_to(idle)
+
+
+def test_a_leg_comes_again(watch: Watch, idle: Held, over: Record) -> None:
+    """Both legs are computed once more, for a router that does not want them; the transfer is
+    refused."""
+    with OtherRouter(watch.channel("prefill-0")) as router:
+        router.send(worker_pb2.ToEngine(add=over.prefill))
+        router.hears("outputs")
+        wait_until("it ends", lambda: not watch.worker("prefill-0")["requests"])
+    watch.settles_to(idle)
+    with OtherRouter(watch.channel(over.decode_worker)) as router:
+        router.send(worker_pb2.ToEngine(add=over.decode))
+        adopted = router.hears("adopted").adopted
+        assert (adopted.handed_over, adopted.reason) == (False, "the transfer is over")
+        wait_until("it ends", lambda: not watch.worker(over.decode_worker)["requests"])
+    watch.settles_to(idle)
+
+
+# --- routers that die between the two legs --------------------------------------------------------
+
+
+def test_a_router_dies_before_it_claims_what_is_whole(
+    watch: Watch, idle: Held, over: Record
+) -> None:
+    add = worker_pb2.AddRequest()
+    add.CopyFrom(over.prefill)
+    add.send.transfer_id = "orphan"
+    with OtherRouter(watch.channel("prefill-0")) as router:
+        router.send(worker_pb2.ToEngine(add=add))
+        wait_until("it has come", lambda: watch.worker(over.decode_worker)["inbox_bytes"])
+    watch.settles_to(idle)
+
+
+def test_a_router_dies_that_has_had_a_beginning_held(watch: Watch, idle: Held) -> None:
+    with recording(watch):
+        known = record(watch, answered(watch, asking(LAYER_BY_LAYER))[1])
+    watch.settles_to(idle)
+    with OtherRouter(watch.channel(known.decode_worker)) as router:
+        hold = worker_pb2.HoldPrefix(transfer_id="orphan held", request=known.decode.request)
+        router.send(worker_pb2.ToEngine(hold=hold))
+        wait_until("it is held", lambda: watch.worker(known.decode_worker)["kv_blocks"])
+    watch.settles_to(idle)
