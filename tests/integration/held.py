@@ -39,6 +39,8 @@ class Watch:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.gates = Path(cluster.environment[GATES_FOLDER])
+        self.leaked = ""
+        """Then it is no use to wait again."""
         self._http = httpx.Client(base_url=cluster.url, timeout=10)
         self._channels = {
             row["worker_id"]: grpc.insecure_channel(row["address"])
@@ -122,9 +124,12 @@ class Watch:
 
     def settles_to(self, expected: Held) -> None:
         """Within FREE_S, all processes hold what they are to hold, and no more."""
+        assert not self.leaked, f"since an earlier test: {self.leaked}"
         deadline_s = time.monotonic() + FREE_S
         while differs := differences(self.now(), expected):
-            assert time.monotonic() < deadline_s, f"still held: {differs}"
+            if time.monotonic() > deadline_s:
+                self.leaked = f"still held: {differs}"
+            assert not self.leaked, self.leaked
             time.sleep(POLL_S)
 
 
