@@ -38,6 +38,7 @@ from workers.kv.nixl import TRIAL_BYTES, Nixl
 from workers.kv.nixl_agent import Read
 from workers.kv.sender import Identity, Sender
 from workers.kv.transfer import Sent, Transfer
+from workers.kv.transports import make_transports
 
 WAIT_S = 60.0
 """For what should happen at once, or at a deadline, on a machine that may be busy."""
@@ -280,6 +281,41 @@ def test_after_a_group_broke_kv_goes_another_way_for_a_while(
     push_all(open_to(outbox, receiver.port, "after"))
     assert result(outbox).delivered
     assert transport_of(claim.get(timeout=WAIT_S)) == (True, way.transport, "")
+
+
+@needs_nixl
+@pytest.mark.parametrize(
+    ("there", "refusing", "taken"),
+    [
+        (["nixl", "collective"], None, "nixl"),
+        (["nixl", "collective"], "nixl", "collective"),
+        (["collective"], None, "collective"),
+        ([], None, "grpc"),
+    ],
+)
+def test_auto_is_the_first_that_both_have_and_can_use(
+    loop: Loop,
+    start: Callable[[GroupReceiver], GroupReceiver],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    there: list[str],
+    refusing: str | None,
+    taken: str,
+) -> None:
+    receiver = start(GroupReceiver(loop, *(transport(name, "receiver") for name in there)))
+    if refusing is not None:
+        refuses = mock.Mock(**{"accept.side_effect": RuntimeError("no group today")})
+        monkeypatch.setitem(receiver.transports, refusing, refuses)
+    sent: queue.Queue[Sent] = queue.Queue()
+    here = make_transports("auto", "127.0.0.1", "sender")
+    sender = Sender(Identity(*SENDER, FINGERPRINT), 1 << 30, LONG_S, sent.put, here, "auto")
+    claim = receiver.claim()
+    with caplog.at_level(logging.WARNING):
+        push_all(sender.open(send_kv(receiver.port), TOKENS, b"digest"))
+        assert sent.get(timeout=WAIT_S).delivered
+    assert transport_of(claim.get(timeout=WAIT_S)) == (True, taken, "")
+    assert len(caplog.records) == (refusing is not None)
+    sender.close(timeout_s=0)
 
 
 # --- the other end dies or freezes ------------------------------------------------------------

@@ -33,6 +33,7 @@ from workers.kv.nixl_agent import Agent, Read, ReadFailed
 
 NAME = "nixl"
 PIECE_BYTES = 8 << 20
+"""Within a machine UCX copies it in one go, and the interpreter stands for as long: some ms."""
 PIECES = 16
 PIECES_OF_GROUP_MAX = 8
 """A frozen peer leaves others some."""
