@@ -14,7 +14,7 @@ ARGS ?=
 BUILD := $(if $(or $(GPU),$(wildcard $(VENV)/.installed-gpu)),gpu,cpu)
 REQUIREMENTS := requirements-$(BUILD).txt
 
-.PHONY: run test fuzz setup setup-peer check format proto clean
+.PHONY: run test fuzz setup setup-nixl setup-peer check format proto clean
 
 run: $(VENV)/.installed-$(BUILD)
 	@exec $(BIN)/baton up $(MODEL) $(ARGS)
@@ -32,14 +32,21 @@ $(VENV)/.installed-$(BUILD): $(REQUIREMENTS) pyproject.toml deploy/setup.sh
 	PYTHON=$(PYTHON) deploy/setup.sh $(VENV) $(BUILD)
 	@touch $@
 
-$(VENV)/.installed-dev-$(BUILD): $(VENV)/.installed-$(BUILD) requirements-dev.txt
+$(VENV)/.installed-dev-$(BUILD): $(VENV)/.installed-$(BUILD) requirements-dev.txt requirements-nixl.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements-dev.txt
+	@touch $@
+
+# For handoff.transport nixl. `make test` has it, too.
+setup-nixl: $(VENV)/.installed-nixl
+
+$(VENV)/.installed-nixl: requirements-nixl.txt $(VENV)/.installed-$(BUILD)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements-nixl.txt
 	@touch $@
 
 # What `baton bench handoff` compares with, in a folder of its own: the environment stays as it is.
 setup-peer: .peer/.installed
 
-.peer/.installed: requirements-peer.txt $(VENV)/.installed-$(BUILD)
+.peer/.installed: requirements-peer.txt requirements-nixl.txt $(VENV)/.installed-$(BUILD)
 	rm -rf .peer
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target .peer -r requirements-peer.txt
 	@touch $@

@@ -54,8 +54,8 @@ class HandoffConfig(BaseModel):
     )
     transport: Literal["auto", "grpc", "collective", "nixl"] = Field(
         "grpc",
-        description="how KV is sent; 'collective' is torch.distributed, 'nixl' an extra that is "
-        "installed with baton[nixl]",
+        description="how KV is sent; 'collective' is torch.distributed, 'nixl' is UCX, which "
+        "`make setup-nixl` installs",
     )
     codec: Literal["none", "fp8", "int8"] = Field(
         "none", description="how KV is written on the wire: exact, or in one byte a channel"

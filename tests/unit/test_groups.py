@@ -47,7 +47,7 @@ WHOLE_BYTES = GEOMETRY.layers * LAYER_BYTES
 
 needs_nixl = pytest.mark.skipif(
     importlib.util.find_spec("nixl") is None,
-    reason="nixl is not installed: `make test` installs it, or pip install 'baton[nixl]'",
+    reason="nixl is not installed: `make setup-nixl`, or `make test`",
 )
 
 

@@ -72,7 +72,7 @@ def no_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_package")
 def test_without_the_package_it_says_what_to_install() -> None:
-    with pytest.raises(NoNixl, match=r"nixl is not installed: pip install 'baton\[nixl\]'"):
+    with pytest.raises(NoNixl, match=r"nixl is not installed: `make setup-nixl`"):
         Nixl("worker")
 
 

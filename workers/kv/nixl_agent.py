@@ -49,7 +49,7 @@ class Agent:
         try:
             from nixl import _bindings
         except ImportError as error:
-            raise NoNixl(f"nixl is not installed: pip install 'baton[nixl]' ({error})") from error
+            raise NoNixl(f"nixl is not installed: `make setup-nixl` ({error})") from error
         self._nixl: Any = _bindings
         config = _bindings.nixlAgentConfig()
         config.useProgThread = True
