@@ -17,6 +17,7 @@ from cluster.processes import free_port
 
 VLLM_WORKER_NAME = "VLLM::Worker"
 ROUTER_MODULE = "vllm_router.launch_router"
+LOWEST_PRIORITY = 19
 PACKAGES = ("nixl", "vllm-router")
 
 
@@ -57,7 +58,11 @@ async def nixl(
 
 def keep_workers_to_core(server: Server, core: int) -> None:
     """NixlConnector moves the thread that computes to the machine's last core, which is right where
-    others do the computing. With one thread a worker, all servers would share that core."""
+    others do the computing. With one thread a worker, all servers would share that core.
+
+    UCX's thread polls all the time, and would take half of the core from the one that computes. So
+    all others than that have the lowest priority: the peer is not to lose by having one core.
+    """
     for entry in Path("/proc").iterdir():
         # What is no process, or ends meanwhile, cannot be read.
         with contextlib.suppress(OSError, ValueError):
@@ -65,6 +70,8 @@ def keep_workers_to_core(server: Server, core: int) -> None:
             if ours and (entry / "comm").read_text().startswith(VLLM_WORKER_NAME):
                 for thread in (entry / "task").iterdir():
                     os.sched_setaffinity(int(thread.name), [core])
+                    if thread.name != entry.name:
+                        os.setpriority(os.PRIO_PROCESS, int(thread.name), LOWEST_PRIORITY)
 
 
 def peer_versions(packages: Path) -> dict[str, str]:
