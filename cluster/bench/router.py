@@ -2,8 +2,8 @@
 
 Both serve the same client with the same load over engines without a model. Baton's router has stubs
 of a prefill and a decode worker, over the real gRPC protocol; vLLM's API server has a stub of the
-engine core in its own process. The two take turns, each with one core for itself; client, stub
-workers and Redis have a second one.
+engine core's process, over vLLM's own. The two take turns, each with one core for itself; client,
+stubs and Redis have a second one.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from cluster.router_process import router_command
 TOKENS_PER_S_RATIO_MIN = 0.9
 CLIENT_MODULE = "cluster.bench.stream_client"
 PLAIN_MODULE = "cluster.bench.plain_stub"
+CORE_MODULE = "cluster.bench.stub_core"
 WORKERS_MODULE = "workers.stub"
 MAX_MODEL_LEN = 1024
 VOCABULARY = 96
@@ -127,16 +128,18 @@ async def run_router(
     server_core, other_core = cores[:1], cores[1:2]
     async with contextlib.AsyncExitStack() as stack:
         report("starting vLLM's API server, Baton's router and stub workers")
-        stubs_port, plain_port = free_port(), free_port()
+        stubs_port, core_port = free_port(), free_port()
         redis_url, _ = await stack.enter_async_context(servers.redis(cores=other_core))
         stubs = [*PYTHON, WORKERS_MODULE, str(stubs_port), *_stub_workers(redis_url)]
         await stack.enter_async_context(servers.running("stubs", stubs_port, stubs, other_core, {}))
         baton = await stack.enter_async_context(_baton(servers, redis_url, server_core))
-        plain = await stack.enter_async_context(_plain(servers, plain_port, server_core))
+        core = [*PYTHON, CORE_MODULE, str(core_port), str(servers.folder)]
+        await stack.enter_async_context(servers.running("core", core_port, core, other_core, {}))
+        plain = await stack.enter_async_context(_plain(servers, server_core))
         await until_ready(plain, "/health", [])
         await until_ready(baton, "/metrics", WORKERS_METRICS)
         sides = {
-            "plain": Side(plain, plain_port, SideSamples()),
+            "plain": Side(plain, core_port, SideSamples()),
             "baton": Side(baton, stubs_port, SideSamples()),
         }
         with on_cores(other_core):
@@ -147,12 +150,10 @@ async def run_router(
     return {name: side.samples for name, side in sides.items()}
 
 
-def _plain(
-    servers: Servers, control_port: int, cores: list[int]
-) -> contextlib.AbstractAsyncContextManager[Server]:
+def _plain(servers: Servers, cores: list[int]) -> contextlib.AbstractAsyncContextManager[Server]:
     port = free_port()
     address = ["--host", "127.0.0.1", "--port", str(port)]
-    command = [*PYTHON, PLAIN_MODULE, str(control_port), *_vllm_args(), *address]
+    command = [*PYTHON, PLAIN_MODULE, str(servers.folder), *_vllm_args(), *address]
     return servers.running("plain", port, command, cores, {})
 
 
