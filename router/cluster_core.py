@@ -7,7 +7,6 @@ the client's goes to `get_output_async`.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import time
@@ -50,6 +49,7 @@ from cluster.wire import worker_pb2
 from router.every_worker import ConnectedWorker, EveryWorker, adapter_key, with_lasting_id
 from router.link import WorkerLink
 from router.metrics import RouterMetrics
+from router.outputs import Outputs
 from router.placing import PLACING, Placing
 from router.tally import Tally
 from router.tracing import trace_handoff
@@ -95,8 +95,7 @@ class ClusterCore(EveryWorker):
         self.engine_ranks_managed = [0]
         self._handoff_deadline_s = handoff_deadline_s
         self._clock = clock
-        # Bounded by the outputs of the requests in flight.
-        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._outputs = Outputs()
         self._requests: dict[str, EngineCoreRequest] = {}
         self._placings: dict[str, Placing] = {}
         self._encoder = MsgpackEncoder()
@@ -305,7 +304,7 @@ class ClusterCore(EveryWorker):
             if placing := self._placings.get(request_id):
                 placing.refusal = failed
         output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
-        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+        self._outputs.put(EngineCoreOutputs(outputs=[output]))
         self._forget(request_id)
 
     def _ended(self, request_id: str, actions: list[Action]) -> list[Action]:
@@ -385,7 +384,7 @@ class ClusterCore(EveryWorker):
             outputs.scheduler_stats = self._cluster_stats(outputs.scheduler_stats)
         outputs.outputs = delivered
         if delivered or outputs.scheduler_stats is not None:
-            self._outputs.put_nowait(outputs)
+            self._outputs.put(outputs)
 
     def _on_adopted(self, worker: ConnectedWorker, adopted: worker_pb2.Adopted) -> None:
         life = self.scheduler.on_adopted(adopted.request_id, adopted.handed_over, adopted.exposed_s)
