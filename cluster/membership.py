@@ -84,6 +84,20 @@ class RouterRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """A LoRA adapter that was loaded or unloaded while routers ran."""
+
+    name: str
+    path: str = ""
+    """Empty: it was unloaded."""
+    number: int = 1
+    """Of its changes; the last one holds."""
+    base_model_name: str | None = None
+    load_inplace: bool = False
+    is_3d_lora_weight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class DesiredPools:
     prefill: int
     decode: int
@@ -177,6 +191,47 @@ class Membership:
             pipeline.mget([f"{self._prefix}:load:{other}" for other in others])
         replies = await pipeline.execute()
         return replies[-1] if others else []
+
+    async def change_adapter(self, record: AdapterRecord) -> AdapterRecord:
+        """Write a change as the last one so far. Returns it with its number."""
+
+        def latest(held: AdapterRecord | None) -> AdapterRecord:
+            if held is None or held.number < record.number:
+                return record
+            return dataclasses.replace(record, number=held.number + 1)
+
+        return await self._put_adapter(record.name, latest)
+
+    async def restore_adapter(self, record: AdapterRecord) -> None:
+        """Write a change again, unless there has been a later one."""
+
+        def later(held: AdapterRecord | None) -> AdapterRecord:
+            return record if held is None or held.number < record.number else held
+
+        await self._put_adapter(record.name, later)
+
+    async def adapters(self) -> dict[str, AdapterRecord]:
+        """The last change of each, by name."""
+        texts = await self._redis.hgetall(f"{self._prefix}:adapters")
+        records = (AdapterRecord(**json.loads(text)) for text in texts.values())
+        return {record.name: record for record in records}
+
+    async def _put_adapter(
+        self, name: str, decide: Callable[[AdapterRecord | None], AdapterRecord]
+    ) -> AdapterRecord:
+        key = f"{self._prefix}:adapters"
+
+        async def put(pipe: Pipeline) -> AdapterRecord:
+            text = await pipe.hget(key, name)
+            record = decide(None if text is None else AdapterRecord(**json.loads(text)))
+            pipe.multi()  # type: ignore[no-untyped-call]
+            pipe.hset(key, name, json.dumps(dataclasses.asdict(record)))
+            return record
+
+        put_record: AdapterRecord = await self._redis.transaction(
+            put, key, value_from_callable=True
+        )
+        return put_record
 
     async def set_desired(self, desired: DesiredPools) -> None:
         await self._redis.set(f"{self._prefix}:desired", json.dumps(dataclasses.asdict(desired)))

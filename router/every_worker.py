@@ -124,6 +124,10 @@ class EveryWorker(EngineCoreClient):  # type: ignore[misc]
                 self.scheduler.on_adapter_loaded(worker.key, name)
         return added
 
+    def know_lora(self, lora_request: LoRARequest) -> None:
+        """Another router has seen that it can be loaded."""
+        self._loras[lora_request.lora_int_id] = with_lasting_id(lora_request)
+
     async def remove_lora_async(self, lora_id: int) -> bool:
         lora = self._loras.pop(lora_id, None)
         if lora is None:

@@ -35,6 +35,7 @@ from cluster.membership import (
 from cluster.scheduler.policies import Policies, PolicyOptions
 from cluster.scheduler.scheduler import Scheduler
 from cluster.vllm_args import parse_vllm_args
+from router.adapters import SharedAdapters
 from router.classes import Classes
 from router.cluster_core import ClusterCore
 from router.dashboard.routes import dashboard_routes
@@ -135,6 +136,10 @@ async def serve_when_ready(
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
+    if args.enable_lora:
+        adapters = SharedAdapters(membership, app.state.openai_serving_models, core)
+        adapters.attach()
+        background.append(asyncio.create_task(adapters.run(), name="adapters"))
     dashboard = DashboardSource(settings, core, watcher)
     app.include_router(dashboard_routes(dashboard.state))
     if token := os.environ.get(OPERATOR_TOKEN):

@@ -10,8 +10,15 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.integration.test_handoff import wait_for
 from tests.models import make_random_lora
-from tests.processes import Cluster, plain_vllm, running_cluster
+from tests.processes import (
+    Cluster,
+    plain_vllm,
+    running_cluster,
+    wait_for_workers,
+    wait_until_serving,
+)
 
 PROMPT = " ".join(f"k{i % 7} v{i % 11}" for i in range(12))
 
@@ -90,3 +97,29 @@ def test_an_adapter_comes_and_goes(lora_cluster: Cluster, adapters: dict[str, Pa
     missing = {"lora_name": "d", "lora_path": str(adapters["c"] / "nowhere")}
     refused = httpx.post(f"{url}/v1/load_lora_adapter", json=missing, timeout=60)
     assert 400 <= refused.status_code < 600 and "error" in refused.text
+
+
+def test_what_one_router_loads_others_have(
+    lora_cluster: Cluster, adapters: dict[str, Path]
+) -> None:
+    """Also one that starts later."""
+    url = lora_cluster.url
+    load = {"lora_name": "c", "lora_path": str(adapters["c"])}
+    assert httpx.post(f"{url}/v1/load_lora_adapter", json=load, timeout=60).status_code == 200
+    other, router = lora_cluster.start_another_router()
+    wait_until_serving(other, router)
+    wait_for_workers(lora_cluster, 3, other)
+    assert ask(other, "c")[0] == ask(url, "c")[0]
+    assert listed(other) == listed(url) == {"m", "a", "b", "c"}
+    unload = {"lora_name": "c"}
+    assert httpx.post(f"{other}/v1/unload_lora_adapter", json=unload, timeout=60).status_code == 200
+    wait_for("it is unloaded", lambda: listed(url) == {"m", "a", "b"})
+    body = {"model": "c", "prompt": "x"}
+    assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 404
+    assert httpx.post(f"{other}/v1/load_lora_adapter", json=load, timeout=60).status_code == 200
+    # At once, whether or not it has heard of it.
+    assert ask(url, "c")[0] not in (ask(url, "a")[0], ask(url, "m")[0])
+
+
+def listed(url: str) -> set[str]:
+    return {model["id"] for model in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]}

