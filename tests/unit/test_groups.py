@@ -405,6 +405,29 @@ def test_a_sender_that_dies_or_freezes_holds_nothing(
 
 
 @needs_nixl
+@pytest.mark.parametrize("way", WAYS[1:], indirect=True)
+def test_a_sender_that_is_killed_before_it_is_read_from_is_forgotten(
+    receiver: GroupReceiver, peer: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nixl = receiver.transports["nixl"]
+    assert isinstance(nixl, Nixl)
+    claim = receiver.claim()
+    start_read = nixl.agent.start_read
+
+    def killed(*arguments: Any) -> Read:
+        if arguments[2] > TRIAL_BYTES:
+            sender.process.kill()
+            sender.process.wait()
+        return start_read(*arguments)
+
+    monkeypatch.setattr(nixl.agent, "start_read", killed)
+    sender = peer("send", str(receiver.port))
+    assert not claim.get(timeout=WAIT_S).whole
+    wait_until("the group's thread ends", lambda: not group_threads())
+    assert (receiver.inbox.bytes_held, nixl.unfinished_bytes, nixl._peers) == (0, 0, {})
+
+
+@needs_nixl
 @pytest.mark.parametrize("way", WAYS[2:], indirect=True)
 @pytest.mark.parametrize("then", [signal.SIGCONT, signal.SIGKILL])
 def test_a_sender_that_freezes_while_it_is_read_from_keeps_memory_only_until_it_goes_on_or_dies(
