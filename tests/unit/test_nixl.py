@@ -167,6 +167,20 @@ def test_an_agent_whose_memory_cannot_be_read_is_no_fault_of_the_transfer(
     assert ends.free_pieces() == PIECES
 
 
+@needs_nixl
+def test_without_memory_to_register_kv_goes_by_grpc(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_left(memory: object) -> None:
+        raise RuntimeError("too much is locked")
+
+    monkeypatch.setattr(ends.nixl_here.agent, "register", none_left)
+    claim = ends.receiver.claim("t")
+    assert ends.hand_over("t").delivered
+    assert claim.get(timeout=WAIT_S).transport == "grpc"
+    assert "no memory can be registered: too much is locked" in caplog.text
+
+
 class Frozen:
     """An agent whose reads stay under way until they are let go on."""
 
@@ -226,8 +240,9 @@ def test_memory_of_a_read_that_does_not_end_is_kept_until_it_does(
 
 
 @needs_nixl
+@pytest.mark.parametrize("failing", ["start_read", "is_over"])
 def test_a_peer_is_met_once_and_forgotten_when_it_is_lost(
-    ends: Ends, monkeypatch: pytest.MonkeyPatch
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     """What UCX keeps of a connection would otherwise grow with each group."""
     calls: list[str] = []
@@ -247,10 +262,10 @@ def test_a_peer_is_met_once_and_forgotten_when_it_is_lost(
     assert calls == ["meet"]
     assert ends.hand_over("before").delivered
 
-    def failed(read: Read) -> bool:
+    def failed(*arguments: object) -> None:
         raise ReadFailed("its connection broke")
 
-    monkeypatch.setattr(ends.nixl_there.agent, "is_over", failed)
+    monkeypatch.setattr(ends.nixl_there.agent, failing, failed)
     assert not ends.hand_over("lost").delivered
     wait_until("it is left", lambda: calls == ["meet", "leave"])
     assert ends.nixl_there._peers == {}

@@ -71,7 +71,10 @@ class Nixl:
     def join(self, call: JoinGroup, member: kv_pb2.GroupMember) -> OutgoingGroup:
         with self._lock:
             if self._pieces is None:
-                self._pieces = _Pieces(self.agent)
+                try:
+                    self._pieces = _Pieces(self.agent)
+                except Exception as error:  # of nixl's own classes
+                    raise GroupBroken(f"no memory can be registered: {error}") from error
         return _Outgoing(call, member, self._pieces)
 
     def accept(
@@ -293,7 +296,11 @@ class _Incoming(IncomingGroup):
         self._reply(kv_pb2.FromGroup(taken=kv_pb2.Taken()))
 
     def _start(self, address: int, size_bytes: int) -> Read:
-        read = self._agent.start_read(self._peer, address, size_bytes)
+        try:
+            read = self._agent.start_read(self._peer, address, size_bytes)
+        except Exception:
+            self._is_lost = True
+            raise
         self._reads.append(read)
         return read
 

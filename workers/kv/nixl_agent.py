@@ -81,7 +81,9 @@ class Agent:
         self._agent.loadRemoteMD(metadata)
 
     def leave(self, peer: str) -> None:
-        self._agent.invalidateRemoteMD(peer)
+        # Nixl may have forgotten it by itself.
+        with contextlib.suppress(Exception):
+            self._agent.invalidateRemoteMD(peer)
 
     def start_read(self, peer: str, address: int, size_bytes: int) -> Read:
         """Not over before `is_over` has said so, and not to be finished before that."""
