@@ -18,11 +18,13 @@ class KeyOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     KEY_ORDER_TOKENS_CHANNELS: _ClassVar[KeyOrder]
     KEY_ORDER_CHANNELS_TOKENS: _ClassVar[KeyOrder]
+    KEY_ORDER_BLOCKS: _ClassVar[KeyOrder]
 CODEC_NONE: Codec
 CODEC_FP8: Codec
 CODEC_INT8: Codec
 KEY_ORDER_TOKENS_CHANNELS: KeyOrder
 KEY_ORDER_CHANNELS_TOKENS: KeyOrder
+KEY_ORDER_BLOCKS: KeyOrder
 
 class PairRequest(_message.Message):
     __slots__ = ("worker_id", "incarnation", "fingerprint", "to_worker_id", "to_incarnation")
@@ -159,7 +161,7 @@ class AbortTransfer(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class KvFrame(_message.Message):
-    __slots__ = ("layer", "first_token", "tokens", "first_head", "heads", "codec", "key_order", "checksum")
+    __slots__ = ("layer", "first_token", "tokens", "first_head", "heads", "codec", "key_order", "checksum", "block_tokens")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +170,7 @@ class KvFrame(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     KEY_ORDER_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     layer: int
     first_token: int
     tokens: int
@@ -176,7 +179,8 @@ class KvFrame(_message.Message):
     codec: Codec
     key_order: KeyOrder
     checksum: int
-    def __init__(self, layer: _Optional[int] = ..., first_token: _Optional[int] = ..., tokens: _Optional[int] = ..., first_head: _Optional[int] = ..., heads: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., key_order: _Optional[_Union[KeyOrder, str]] = ..., checksum: _Optional[int] = ...) -> None: ...
+    block_tokens: int
+    def __init__(self, layer: _Optional[int] = ..., first_token: _Optional[int] = ..., tokens: _Optional[int] = ..., first_head: _Optional[int] = ..., heads: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., key_order: _Optional[_Union[KeyOrder, str]] = ..., checksum: _Optional[int] = ..., block_tokens: _Optional[int] = ...) -> None: ...
 
 class PushReply(_message.Message):
     __slots__ = ("credit", "result")

@@ -219,6 +219,14 @@ WRONG_FRAMES = {
     "payload too long": (kv_frame(layer=1, extra_bytes=1), "a payload of 193 bytes where 192"),
     "unknown codec": (kv_frame(layer=1, codec=7), "codec 7"),
     "unknown key order": (kv_frame(layer=1, key_order=7), "key order 7"),
+    "blocks of no tokens": (
+        kv_frame(layer=1, key_order=kv_pb2.KEY_ORDER_BLOCKS),
+        "6 tokens in blocks of 0",
+    ),
+    "part of a block": (
+        kv_frame(layer=1, key_order=kv_pb2.KEY_ORDER_BLOCKS, block_tokens=4),
+        "6 tokens in blocks of 4",
+    ),
     "opened twice": (open_frame(), "opened twice"),
     "abort": (abort_frame(), "the sender gave up: preempted"),
 }

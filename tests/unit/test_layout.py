@@ -16,12 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.wire import kv_pb2
-from workers.kv.layout import PagedLayer, UnknownLayout, _gpu_layer, paged_layer
+from workers.kv.layout import (
+    PagedLayer,
+    UnknownLayout,
+    _gpu_layer,
+    frame_ranges,
+    paged_layer,
+)
 
 HEADS, HEAD_SIZE = 3, 4
 UNTOUCHED = -1.0
 TOKENS_CHANNELS = kv_pb2.KEY_ORDER_TOKENS_CHANNELS
 CHANNELS_TOKENS = kv_pb2.KEY_ORDER_CHANNELS_TOKENS
+BLOCKS = kv_pb2.KEY_ORDER_BLOCKS
 
 Index = tuple[int, ...]
 
@@ -247,6 +254,58 @@ def test_a_range_of_heads(layout: Layout, first_head: int) -> None:
     assert_holds(target, range(10), first_head)
 
 
+def test_whole_blocks_go_as_they_are() -> None:
+    source = Sequence.make(CPU, 4, tokens=20, seed=1)
+    target = Sequence.make(CPU, 4, tokens=20, seed=2)
+    source.fill(20)
+    assert source.layer.has_whole_blocks(4, 12)
+    payload = source.layer.read_blocks(source.block_ids[1:4])
+    assert target.layer.takes_blocks(BLOCKS, 4, first=8)
+    target.layer.write_blocks(target.block_ids[2:4], payload, skip=1)
+    assert_holds(target, range(8, 16))
+
+
+@pytest.mark.parametrize(("first", "tokens"), [(2, 8), (4, 6)])
+def test_parts_of_blocks_are_not_whole(first: int, tokens: int) -> None:
+    assert not Sequence.make(CPU, 4, tokens=20).layer.has_whole_blocks(first, tokens)
+
+
+@pytest.mark.parametrize(
+    ("layout", "order", "block_tokens", "first"),
+    [
+        (GPU, BLOCKS, 4, 8),
+        (CPU, CHANNELS_TOKENS, 4, 8),
+        (CPU, BLOCKS, 8, 8),
+        (CPU, BLOCKS, 4, 6),
+    ],
+)
+def test_blocks_that_are_others_do_not_go_as_they_are(
+    layout: Layout, order: int, block_tokens: int, first: int
+) -> None:
+    layer = Sequence.make(layout, 4, tokens=20).layer
+    assert not layer.takes_blocks(order, block_tokens, first)
+
+
+def test_only_vllms_cpu_attention_has_blocks_in_one_piece() -> None:
+    for layout in LAYOUTS:
+        layer = Sequence.make(layout, 4, tokens=20).layer
+        assert layer.has_whole_blocks(4, 8) == (layout is CPU)
+
+
+@pytest.mark.parametrize("target_layout", LAYOUTS, ids=repr)
+def test_blocks_to_every_other_layout_and_size(target_layout: Layout) -> None:
+    source = Sequence.make(CPU, 4, tokens=20, seed=1)
+    target = Sequence.make(target_layout, 6, tokens=20, heads=HEADS + 2, seed=2)
+    source.fill(20)
+    payload = source.layer.read_blocks(source.block_ids[1:4])
+    keys, values = target.layer.split(payload, HEADS, 12, BLOCKS, block_tokens=4)
+    write = range(6, 15)
+    target.layer.write(
+        target.block_ids, 6, len(write), keys, values, parts_first=4, heads=slice(1, HEADS + 1)
+    )
+    assert_holds(target, write, first_head=1)
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_part_of_any_sequence(data: st.DataObject) -> None:
@@ -284,6 +343,43 @@ def test_frames_of_any_cut_and_order_give_the_whole(cuts: list[int], seed: int) 
     for frame in frames:
         moved(source, target, frame, frame)
     assert_holds(target, range(30))
+
+
+@given(
+    first=st.integers(0, 300),
+    tokens=st.integers(0, 900),
+    tokens_max=st.integers(1, 350),
+    size=st.sampled_from([1, 16, 32, 128]),
+)
+def test_frames_hold_every_token_once_and_whole_blocks_where_they_fit(
+    first: int, tokens: int, tokens_max: int, size: int
+) -> None:
+    frames = list(frame_ranges(first, first + tokens, tokens_max, size))
+    assert [t for begin, end in frames for t in range(begin, end)] == [
+        *range(first, first + tokens)
+    ]
+    assert all(0 < end - begin <= tokens_max for begin, end in frames)
+    if tokens_max >= size:
+        whole = [f for f in frames if f[0] % size == 0 and f[1] % size == 0]
+        # All blocks but those that the sequence does not fill are in such frames.
+        blocks = range(-(-first // size), (first + tokens) // size)
+        assert sum(end - begin for begin, end in whole) == len(blocks) * size
+
+
+def test_frames_are_no_more_than_needed() -> None:
+    assert list(frame_ranges(0, 1000, 341, 128)) == [
+        (0, 256),
+        (256, 512),
+        (512, 768),
+        (768, 896),
+        (896, 1000),
+    ]
+    assert list(frame_ranges(100, 600, 341, 128)) == [
+        (100, 128),
+        (128, 384),
+        (384, 512),
+        (512, 600),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from workers.kv.codecs import CODABLE, group_codec
 from workers.kv.endpoint import ENDPOINT_KEY, KvEndpoint, published
 from workers.kv.frames import checksum, digest_tokens
 from workers.kv.inbox import Whole
-from workers.kv.layout import PagedLayer, paged_layer
+from workers.kv.layout import PagedLayer, frame_ranges, paged_layer
 from workers.kv.ranks import RANKS_KEY, RankEndpoint, RankSettings, enter_rank
 from workers.kv.shared import SharedFrames, SharedMemory
 from workers.kv.transfer import FRAME_BYTES_MAX
@@ -340,21 +340,21 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
             return
         geometry = self._runner.geometry
         layer = self._layers[layer_index]
-        step = max(1, FRAME_BYTES_MAX // geometry.frame_bytes(1, geometry.heads))
         begin = max(save.first_token, transfer.held_tokens)
-        for first in range(begin, save.end_token, step):
-            tokens = min(step, save.end_token - first)
-            payload, key_order = self._encoded(layer, save.block_ids, first, tokens)
+        most = max(1, FRAME_BYTES_MAX // geometry.frame_bytes(1, geometry.heads))
+        for first, end in frame_ranges(begin, save.end_token, most, layer.block_size):
+            payload, key_order = self._encoded(layer, save.block_ids, first, end - first)
             header = kv_pb2.FrameHeader(
                 transfer_id=save.send.transfer_id,
                 kv=kv_pb2.KvFrame(
                     layer=layer_index,
                     first_token=first,
-                    tokens=tokens,
+                    tokens=end - first,
                     first_head=geometry.first_head,
                     heads=geometry.heads,
                     codec=self._runner.codec,
-                    key_order=key_order,  # type: ignore[arg-type]
+                    key_order=key_order,
+                    block_tokens=layer.block_size if key_order == kv_pb2.KEY_ORDER_BLOCKS else 0,
                     checksum=checksum(payload),
                 ),
             )
@@ -362,10 +362,14 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def _encoded(
         self, layer: PagedLayer, block_ids: list[int], first: int, tokens: int
-    ) -> tuple[memoryview, int]:
-        """A payload, and the order of the keys in it."""
-        payload = layer.read(block_ids, first, tokens)
+    ) -> tuple[memoryview, kv_pb2.KeyOrder]:
+        """A payload and its order."""
         codec = group_codec(self._runner.codec)
+        if codec is None and layer.has_whole_blocks(first, tokens):
+            size = layer.block_size
+            blocks = block_ids[first // size : (first + tokens) // size]
+            return _bytes_of(layer.read_blocks(blocks)), kv_pb2.KEY_ORDER_BLOCKS
+        payload = layer.read(block_ids, first, tokens)
         if codec is None:
             return _bytes_of(payload), layer.key_order
         keys, values = layer.split(payload, layer.heads, tokens, layer.key_order)
@@ -384,7 +388,14 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         codec, dtype = group_codec(kv.codec), layer.keys.dtype
         if codec is None:
             uncoded = torch.frombuffer(payload, dtype=dtype)
-            keys, values = layer.split(uncoded, kv.heads, kv.tokens, kv.key_order)
+            if kv.heads == layer.heads and layer.takes_blocks(kv.key_order, kv.block_tokens, first):
+                # The last block may have tokens that are not to be adopted. It is the request's
+                # own, which computes them before it reads them.
+                size = layer.block_size
+                blocks = load.block_ids[first // size : -(-end // size)]
+                layer.write_blocks(blocks, uncoded, skip=(first - kv.first_token) // size)
+                return
+            keys, values = layer.split(uncoded, kv.heads, kv.tokens, kv.key_order, kv.block_tokens)
         else:
             coded = torch.frombuffer(payload, dtype=torch.uint8).to(layer.keys.device)
             keys, values = codec.decode(coded, kv.heads, kv.tokens, layer.head_size, dtype)

@@ -476,6 +476,9 @@ class Inbox:
             return f"codec {kv.codec} is not known here"
         if kv.key_order not in kv_pb2.KeyOrder.values():
             return f"key order {kv.key_order} is not known here"
+        in_blocks = kv.key_order == kv_pb2.KEY_ORDER_BLOCKS
+        if in_blocks and (kv.block_tokens == 0 or kv.tokens % kv.block_tokens):
+            return f"{kv.tokens} tokens in blocks of {kv.block_tokens}"
         if kv.layer >= geometry.layers:
             return f"layer {kv.layer} of a model of {geometry.layers} layers"
         if kv.tokens == 0 or kv.first_token + kv.tokens > transfer.open.tokens:
