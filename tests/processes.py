@@ -6,6 +6,7 @@ import contextlib
 import getpass
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -25,10 +26,14 @@ STOP_DEADLINE_S = 20.0
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Not one of those that the system gives to outgoing connections: what it is for may take long
+    to start."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, max(lowest, 20_000))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass
