@@ -43,6 +43,7 @@ from cluster.node_placement import (
 from cluster.ray_calls import NAMESPACE, awaited
 from cluster.roofline import ModelShape
 from cluster.scheduler.view import Pool
+from cluster.tasks import ended
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +144,7 @@ class Controller:
         """Stop all workers and wait for them."""
         self._stopping = True
         if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.gather(self._loop, return_exceptions=True)
+            await ended(self._loop)
         await asyncio.gather(*(self._retire(slot) for slot in list(self._slots.values())))
         with contextlib.suppress(*REDIS_ERRORS):
             await self._redis.aclose()
@@ -360,8 +360,7 @@ class Controller:
                 await asyncio.wait_for(awaited(slot.actor.stop.remote()), ANSWER_DEADLINE_S)
                 await asyncio.wait_for(asyncio.shield(slot.task), STOP_DEADLINE_S)
         if slot.task is not None:
-            slot.task.cancel()
-            await asyncio.gather(slot.task, return_exceptions=True)
+            await ended(slot.task)
         self._release(slot)
         with contextlib.suppress(*REDIS_ERRORS):
             await self._membership.remove_worker(slot.worker_id, slot.incarnation)

@@ -12,6 +12,7 @@ import grpc.aio
 
 from cluster.membership import REDIS_DEADLINE_S, REDIS_ERRORS, Membership, WorkerRecord
 from cluster.scheduler.view import Pool, WorkerKey
+from cluster.tasks import ended
 from router.cluster_core import TICK_S, ClusterCore, WrongWorker
 from router.following import Leases, Starts, follow, key_of
 from router.metrics import RouterMetrics
@@ -46,10 +47,7 @@ class MemberWatcher:
         try:
             await self._watch()
         finally:
-            tasks = [*self._connecting.values(), *self._closing]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await ended(*self._connecting.values(), *self._closing)
 
     async def _watch(self) -> None:
         while True:

@@ -34,6 +34,7 @@ from cluster.membership import (
 )
 from cluster.scheduler.policies import Policies, PolicyOptions
 from cluster.scheduler.scheduler import Scheduler
+from cluster.tasks import ended
 from cluster.vllm_args import parse_vllm_args
 from router.adapters import SharedAdapters
 from router.classes import Classes
@@ -100,9 +101,7 @@ async def run_router(settings: RouterSettings) -> None:
             settings, args, engine, core, watcher, policies, sock, membership, background
         )
     finally:
-        for task in background:
-            task.cancel()
-        await asyncio.gather(*background, return_exceptions=True)
+        await ended(*background)
         with contextlib.suppress(*REDIS_ERRORS):
             await membership.remove_router(settings.router_id)
         for key in list(core.workers):

@@ -19,6 +19,7 @@ from cluster.membership import (
     open_redis,
 )
 from cluster.scheduler.view import Pool
+from cluster.tasks import ended
 from workers.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,7 @@ class Registration:
 
     async def close(self) -> None:
         """Leave: routers see it at once, not when the lease runs out."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await ended(self._task)
         with contextlib.suppress(*REDIS_ERRORS):
             await self._membership.remove_worker(self.record.worker_id, self.record.incarnation)
         await self._redis.aclose()
