@@ -10,8 +10,8 @@ AGAIN_S = 1.0
 async def ended(*tasks: asyncio.Task[None]) -> None:
     """Cancel tasks and wait until they have ended, whatever they end with.
 
-    As often as it takes: a client of Redis (redis-py 8.1) that is cancelled while it writes may go on
-    as if nothing had been, and whoever waits for its task once would wait for good.
+    As often as it takes: a client of Redis (redis-py 8.1) that is cancelled while it writes may go
+    on as if nothing had been, and whoever waits for its task once would wait for good.
     """
     left = set(tasks)
     while left:
