@@ -38,6 +38,7 @@ from cluster.scheduler.life import (
     StartDecode,
     StartLocal,
     StartPrefill,
+    StopAwaiting,
 )
 from cluster.scheduler.policy import Ask
 from cluster.scheduler.prefixes import PromptBlocks
@@ -223,6 +224,9 @@ class ClusterCore(EveryWorker):
                 case DropTransfer():
                     drop = worker_pb2.DropTransfer(transfer_id=action.transfer_id)
                     self._send(action.worker, worker_pb2.ToEngine(drop=drop))
+                case StopAwaiting():
+                    lost = worker_pb2.SenderLost(transfer_id=action.transfer_id)
+                    self._send(action.worker, worker_pb2.ToEngine(sender_lost=lost))
                 case FailRequest():
                     self._fail(action)
                 case Deliver():

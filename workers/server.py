@@ -42,6 +42,8 @@ class Engine(Protocol):
 
     def drop_transfer(self, transfer_id: str) -> None: ...
 
+    def sender_lost(self, transfer_id: str) -> None: ...
+
     def move_out(self, client: int, move: worker_pb2.MoveOut) -> None: ...
 
     def call(self, client: int, call_id: int, method: str, args: list[Any]) -> None: ...
@@ -142,6 +144,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 elif kind == "drop":
                     link.holds.discard(message.drop.transfer_id)
                     self.engine.drop_transfer(message.drop.transfer_id)
+                elif kind == "sender_lost":
+                    self.engine.sender_lost(message.sender_lost.transfer_id)
                 elif kind == "hold":
                     link.holds.add(message.hold.transfer_id)
                     self.engine.hold(message.hold)

@@ -111,6 +111,15 @@ class DropTransfer:
 
 
 @dataclass(frozen=True, slots=True)
+class StopAwaiting:
+    """Who sends a transfer is lost: what has not come of it is recomputed. The connection from
+    there may take longer to break, if it is a machine that is gone."""
+
+    worker: WorkerKey
+    transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Deliver:
     """Pass a leg's output on to the client, as the request's last if `finish` is set."""
 
@@ -134,6 +143,7 @@ Action = (
     | MoveOut
     | CancelLeg
     | DropTransfer
+    | StopAwaiting
     | Deliver
     | FailRequest
 )
@@ -292,6 +302,13 @@ class Life:
         return self.leg.worker == worker or (
             self.phase is Phase.PREFILLING and self.placement.decode == worker
         )
+
+    def on_sender_lost(self, worker: WorkerKey) -> list[Action]:
+        """A worker is lost that the request does not depend on."""
+        placement = self.placement
+        if self.phase is Phase.HANDING_OVER and placement and placement.prefill == worker:
+            return [StopAwaiting(placement.decode, self.transfer_id)]
+        return []
 
     def _start_decode(self) -> StartDecode:
         assert self.placement is not None

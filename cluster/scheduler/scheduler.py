@@ -161,9 +161,12 @@ class Scheduler:
         self.view.workers.pop(key, None)
         self.prefixes.remove(key)
         actions: list[Action] = []
-        for life in [life for life in self.lives.values() if life.depends_on(key)]:
-            life.losses += 1
-            actions.extend(self._move(life))
+        for life in list(self.lives.values()):
+            if life.depends_on(key):
+                life.losses += 1
+                actions.extend(self._move(life))
+            else:
+                actions.extend(life.on_sender_lost(key))
         return actions
 
     def on_drain_deadline(self, key: WorkerKey, now_s: float) -> list[Action]:

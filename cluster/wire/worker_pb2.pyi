@@ -99,7 +99,7 @@ class Fingerprint(_message.Message):
     def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., weights: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., vllm_version: _Optional[str] = ..., baton_version: _Optional[str] = ...) -> None: ...
 
 class ToEngine(_message.Message):
-    __slots__ = ("number", "add", "abort", "utility", "drop", "tell_kv", "hold", "move")
+    __slots__ = ("number", "add", "abort", "utility", "drop", "tell_kv", "hold", "move", "sender_lost")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     ADD_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class ToEngine(_message.Message):
     TELL_KV_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
     MOVE_FIELD_NUMBER: _ClassVar[int]
+    SENDER_LOST_FIELD_NUMBER: _ClassVar[int]
     number: int
     add: AddRequest
     abort: AbortRequests
@@ -116,7 +117,8 @@ class ToEngine(_message.Message):
     tell_kv: TellKv
     hold: HoldPrefix
     move: MoveOut
-    def __init__(self, number: _Optional[int] = ..., add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ..., tell_kv: _Optional[_Union[TellKv, _Mapping]] = ..., hold: _Optional[_Union[HoldPrefix, _Mapping]] = ..., move: _Optional[_Union[MoveOut, _Mapping]] = ...) -> None: ...
+    sender_lost: SenderLost
+    def __init__(self, number: _Optional[int] = ..., add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ..., tell_kv: _Optional[_Union[TellKv, _Mapping]] = ..., hold: _Optional[_Union[HoldPrefix, _Mapping]] = ..., move: _Optional[_Union[MoveOut, _Mapping]] = ..., sender_lost: _Optional[_Union[SenderLost, _Mapping]] = ...) -> None: ...
 
 class AddRequest(_message.Message):
     __slots__ = ("leg_id", "request", "send", "receive", "resume_token_ids")
@@ -165,6 +167,12 @@ class AbortRequests(_message.Message):
     def __init__(self, request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DropTransfer(_message.Message):
+    __slots__ = ("transfer_id",)
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    def __init__(self, transfer_id: _Optional[str] = ...) -> None: ...
+
+class SenderLost(_message.Message):
     __slots__ = ("transfer_id",)
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str

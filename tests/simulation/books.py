@@ -17,6 +17,7 @@ from cluster.scheduler.life import (
     StartDecode,
     StartLocal,
     StartPrefill,
+    StopAwaiting,
 )
 from cluster.scheduler.scheduler import LOSSES_MAX, Scheduler
 from cluster.scheduler.view import WorkerKey, WorkerView
@@ -100,6 +101,8 @@ class Books:
                 self._check_cancel(action)
             case DropTransfer():
                 self._check_drop(action)
+            case StopAwaiting():
+                self._check_stop(action)
             case FailRequest():
                 self._check_fail(action, now_s)
 
@@ -234,6 +237,15 @@ class Books:
                 client.placed.transfer_id = ""
                 return
         raise Violation(f"{action.transfer_id} is dropped, and is not open")
+
+    def _check_stop(self, action: StopAwaiting) -> None:
+        for client in self.clients.values():
+            placed = client.placed
+            if placed is not None and placed.leg_id == f"{action.transfer_id}.d":
+                if placed.decode != action.worker or placed.prefill in self._models:
+                    raise Violation(f"{action.transfer_id} is not awaited, but its sender is there")
+                return
+        raise Violation(f"{action.transfer_id} is not awaited any more, and nobody did")
 
     def _check_fail(self, action: FailRequest, now_s: float) -> None:
         client = self.clients[action.request_id]

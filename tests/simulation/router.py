@@ -16,6 +16,7 @@ from cluster.scheduler.life import (
     StartDecode,
     StartLocal,
     StartPrefill,
+    StopAwaiting,
 )
 from cluster.scheduler.policy import Ask, PlacementPolicy
 from cluster.scheduler.slo import SloClass
@@ -38,7 +39,7 @@ EXCHANGE_EVERY_S = 0.3
 DESCRIBE_DEADLINE_S = 3.0
 KV_TOKENS = 2000
 LAPSED = "its lease ran out"
-Said = StartPrefill | StartDecode | StartLocal | MoveOut | CancelLeg | DropTransfer
+Said = StartPrefill | StartDecode | StartLocal | MoveOut | CancelLeg | DropTransfer | StopAwaiting
 """Actions that are messages to a worker."""
 
 

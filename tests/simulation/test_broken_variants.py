@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from cluster.scheduler.life import Action, DropTransfer, FailRequest, Finish, Life
+from cluster.scheduler.life import (
+    Action,
+    DropTransfer,
+    FailRequest,
+    Finish,
+    Life,
+    Phase,
+    StopAwaiting,
+)
 from cluster.scheduler.policies import splitwise
 from cluster.scheduler.policies.splitwise import Splitwise
 from cluster.scheduler.policy import Ask, Placement
@@ -262,6 +270,15 @@ def needs_the_prefill_worker_only(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Life, "depends_on", broken)
 
 
+def takes_any_loss_for_its_sender_s(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Life, worker: WorkerKey) -> list[Action]:
+        if self.phase is not Phase.HANDING_OVER or self.placement is None:
+            return []
+        return [StopAwaiting(self.placement.decode, self.transfer_id)]
+
+    patch.setattr(Life, "on_sender_lost", broken)
+
+
 def takes_an_early_stop_for_the_hand_over(patch: pytest.MonkeyPatch) -> None:
     on_output = Life.on_output
 
@@ -323,6 +340,7 @@ LIVES: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (forgets_to_drop, "was not dropped"),
     (always_drops, "is not open"),
     (needs_the_prefill_worker_only, "was not dropped|which is gone|is not open"),
+    (takes_any_loss_for_its_sender_s, "its sender is there"),
     (takes_an_early_stop_for_the_hand_over, r"with \d+ tokens|wrong token|no progress"),
     (takes_the_hand_over_for_the_end, "finished: length with 1 tokens"),
 ]

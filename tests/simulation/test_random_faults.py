@@ -32,6 +32,7 @@ HAPPENINGS = (
     *("KV lost", "KV repeated", "KV overtaken", "late output", "adopted", "recomputed", "swept"),
     *("MoveOut", "moved"),
     *("StartPrefill", "StartDecode", "StartLocal", "CancelLeg", "DropTransfer", "FailRequest"),
+    "StopAwaiting",
     *(f"{what} {phase}" for what in ("output", "lost while", "moved while") for phase in NEEDING),
     *(f"{what} {p}" for what in ("left while", "router ended while") for p in (*NEEDING, "queued")),
 )

@@ -17,6 +17,7 @@ from cluster.scheduler.life import (
     StartDecode,
     StartLocal,
     StartPrefill,
+    StopAwaiting,
 )
 from cluster.scheduler.view import Pool, WorkerKey
 from tests.simulation.kv import GEOMETRY, Push, check_adopted, digest_of
@@ -140,6 +141,8 @@ class SimWorker(Node):
                     stream.to_router(Output(message.leg_id, (), Finish.ABORT))
             case DropTransfer():
                 self.inbox.drop(message.transfer_id, "the router gave it up")
+            case StopAwaiting():
+                self.inbox.fail(message.transfer_id, "its sender is lost")
 
     def end_stream(self, stream: Stream) -> None:
         """A router's stream has ended: everything it had here is aborted."""
@@ -200,11 +203,10 @@ class SimWorker(Node):
     # --- the inbox
 
     def _sweep(self) -> None:
-        if self.inbox.transfers_held:
-            for transfer_id in self.inbox.sweep():
-                self.timeline.note("swept", transfer_id)
-                if transfer_id in self.adopted:
-                    raise Violation(f"{transfer_id} was adopted, and {self.key} held it again")
+        for transfer_id in self.inbox.sweep():
+            self.timeline.note("swept", transfer_id)
+            if transfer_id in self.adopted:
+                raise Violation(f"{transfer_id} was adopted, and {self.key} held it again")
         self.after(SWEEP_EVERY_S, SWEEP_EVERY_S, self._sweep)
 
     # --- legs

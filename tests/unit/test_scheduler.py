@@ -18,6 +18,7 @@ from cluster.scheduler.life import (
     StartDecode,
     StartLocal,
     StartPrefill,
+    StopAwaiting,
 )
 from cluster.scheduler.policies.splitwise import Splitwise
 from cluster.scheduler.policy import Ask, Placement
@@ -165,13 +166,21 @@ def test_losing_the_prefill_worker_while_prefilling_drops_the_transfer() -> None
     ]
 
 
+def test_losing_the_prefill_worker_while_handing_over_stops_the_wait_for_its_kv() -> None:
+    scheduler = pair()
+    scheduler.on_arrival(ASK, 0.0)
+    scheduler.on_output("r.1p.1", [7], Finish.LENGTH)
+    assert scheduler.on_worker_lost(P, 1.0) == [StopAwaiting(D, "r.1p.1")]
+    assert scheduler.on_output("r.1p.1.d", [8], Finish.STOP) == [Deliver("r", Finish.STOP)]
+    assert_idle(scheduler)
+
+
 def test_losing_the_prefill_worker_after_the_hand_over_changes_nothing() -> None:
     scheduler = pair()
     scheduler.on_arrival(ASK, 0.0)
     scheduler.on_output("r.1p.1", [7], Finish.LENGTH)
+    scheduler.on_output("r.1p.1.d", [8], None)
     assert scheduler.on_worker_lost(P, 1.0) == []
-    assert scheduler.on_output("r.1p.1.d", [8], Finish.STOP) == [Deliver("r", Finish.STOP)]
-    assert_idle(scheduler)
 
 
 def test_a_request_fails_when_it_lost_its_worker_too_often() -> None:

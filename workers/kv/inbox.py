@@ -190,7 +190,8 @@ class Inbox:
 
     @property
     def transfers_held(self) -> int:
-        return len(self._transfers)
+        """Without failed ones, of which no more is here than why."""
+        return len(self._transfers) - len(self._failed)
 
     @property
     def transfers_waiting(self) -> int:
