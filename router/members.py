@@ -10,7 +10,12 @@ from functools import partial
 
 import grpc.aio
 
-from cluster.membership import REDIS_DEADLINE_S, REDIS_ERRORS, Membership, WorkerRecord
+from cluster.membership import (
+    REDIS_DEADLINE_S,
+    REDIS_ERRORS,
+    Membership,
+    WorkerRecord,
+)
 from cluster.scheduler.view import Pool, WorkerKey
 from cluster.tasks import ended
 from router.cluster_core import TICK_S, ClusterCore, WrongWorker
@@ -125,7 +130,9 @@ class MemberWatcher:
         task.add_done_callback(self._closing.discard)
 
     def _measure(self) -> None:
-        pools = [worker.pool for worker in self._core.scheduler.view.workers.values()]
+        workers = self._core.scheduler.view.workers.values()
+        pools = [worker.pool for worker in workers]
         for pool in Pool:
             self._metrics.workers.labels(pool).set(pools.count(pool))
+        self._metrics.others.set(sum(worker.others.decodes for worker in workers))
         self._metrics.queued.set(self._core.scheduler.queued)

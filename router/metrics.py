@@ -108,3 +108,8 @@ class RouterMetrics:
         self.queued = Gauge(
             "baton_requests_queued", "Requests that wait for a worker.", registry=registry
         )
+        self.others = Gauge(
+            "baton_requests_of_other_routers",
+            "Requests that other routers have on the workers, as far as this one knows.",
+            registry=registry,
+        )

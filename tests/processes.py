@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,7 @@ class Cluster:
     """A folder for what killed workers leave behind."""
     worker_module: str = "workers"
     router_module: str = "router"
+    spawn: Callable[..., Process] = spawn
 
     def start_worker(
         self,
@@ -172,7 +173,7 @@ class Cluster:
         module = module or self.worker_module
         command = [*launcher, sys.executable, "-m", module, json.dumps(values)]
         environment = {**temporary_files_in(self.temporary), **self.environment}
-        process = spawn(worker_id, command, self.folder, environment)
+        process = self.spawn(worker_id, command, self.folder, environment)
         self.workers[worker_id] = process
         return process
 
@@ -210,7 +211,7 @@ class Cluster:
             **self.router_settings,
         }
         command = [sys.executable, "-m", self.router_module, json.dumps(values)]
-        return spawn(router_id, command, self.folder, {**QUIET, **self.router_environment})
+        return self.spawn(router_id, command, self.folder, {**QUIET, **self.router_environment})
 
     def processes(self) -> list[Process]:
         routers = [*([self.router] if self.router else []), *self.more_routers]

@@ -142,14 +142,14 @@ def make_ends(name: str) -> tuple[End, End]:
     for index, end in enumerate(ends):
         outside = f"bt{name}{index}"
         inside = ["-n", end.namespace]
-        _run("netns", "add", end.namespace)
-        _run("link", "add", outside, "type", "veth", "peer", "name", "machine", *_netns(end))
-        _run("address", "add", f"{end.machine_address}/30", "dev", outside)
-        _run("link", "set", outside, "up")
-        _run(*inside, "address", "add", f"{end.address}/30", "dev", "machine")
-        _run(*inside, "link", "set", "machine", "up")
-        _run(*inside, "link", "set", "lo", "up")
-        _run(*inside, "route", "add", "default", "via", end.machine_address)
+        run_ip("netns", "add", end.namespace)
+        run_ip("link", "add", outside, "type", "veth", "peer", "name", "machine", *_netns(end))
+        run_ip("address", "add", f"{end.machine_address}/30", "dev", outside)
+        run_ip("link", "set", outside, "up")
+        run_ip(*inside, "address", "add", f"{end.address}/30", "dev", "machine")
+        run_ip(*inside, "link", "set", "machine", "up")
+        run_ip(*inside, "link", "set", "lo", "up")
+        run_ip(*inside, "route", "add", "default", "via", end.machine_address)
     return ends
 
 
@@ -163,10 +163,10 @@ def open_devices(ends: tuple[End, End]) -> list[int]:
         fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
         fcntl.ioctl(device, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4)
         inside = ["-n", end.namespace]
-        _run("link", "set", name, "name", DEVICE, *_netns(end))
+        run_ip("link", "set", name, "name", DEVICE, *_netns(end))
         queue = ["txqueuelen", str(DEVICE_QUEUE_PACKETS)]
-        _run(*inside, "link", "set", "dev", DEVICE, "up", *queue)
-        _run(*inside, "route", "add", other.address, "dev", DEVICE, "src", end.address)
+        run_ip(*inside, "link", "set", "dev", DEVICE, "up", *queue)
+        run_ip(*inside, "route", "add", other.address, "dev", DEVICE, "src", end.address)
         devices.append(device)
     return devices
 
@@ -192,18 +192,18 @@ def _netns(end: End) -> list[str]:
     return ["netns", end.namespace]
 
 
-def _run(*arguments: str) -> None:
+def run_ip(*arguments: str) -> None:
     command = [_ip(), *arguments]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
         raise BenchFailed(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
-def _remove(name: str) -> None:
+def remove_ends(name: str) -> None:
     """The devices go with their namespaces."""
     for end in "ab":
         with contextlib.suppress(BenchFailed):
-            _run("netns", "delete", f"baton-{name}-{end}")
+            run_ip("netns", "delete", f"baton-{name}-{end}")
 
 
 def _end(signum: int, frame: object) -> None:
@@ -224,7 +224,7 @@ def main() -> None:
     except BenchFailed as error:
         sys.exit(str(error))
     finally:
-        _remove(name)
+        remove_ends(name)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,12 @@ WORKER_REQUESTS_MAX = 8
 
 @pytest.fixture(scope="session")
 def vllm_args(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    model = make_random_llama(tmp_path_factory.mktemp("model"))
+    return model_args(tmp_path_factory.mktemp("model"))
+
+
+def model_args(folder: Path) -> list[str]:
+    """vLLM's arguments, with a model that is made in the folder."""
+    model = make_random_llama(folder)
     return [
         *("--model", str(model), "--served-model-name", "m", "--dtype", "float32"),
         *("--enforce-eager", "--kv-cache-memory-bytes", str(128 << 20)),

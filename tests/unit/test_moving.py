@@ -15,6 +15,7 @@ from cluster.scheduler.life import (
     Phase,
     StartDecode,
     StartLocal,
+    StopAwaiting,
 )
 from cluster.scheduler.moving import MARGIN_S, SLOWER, MoveCosts, leaving
 from cluster.scheduler.scheduler import Scheduler
@@ -94,7 +95,8 @@ def test_it_goes_on_elsewhere_after_all_that_it_said() -> None:
     ]
     assert load(scheduler, D2) == (0, 0, 103, 1)
     assert scheduler.on_output("r.1p.1.d", [], Finish.ABORT) == []
-    assert scheduler.on_worker_lost(D, 3.0) == []
+    # Without a word if it has come.
+    assert scheduler.on_worker_lost(D, 3.0) == [StopAwaiting(D2, "r.1m.2")]
     scheduler.on_adopted("r.1m.2.d", True, 0.01)
     assert scheduler.on_output("r.1m.2.d", [10, 11], Finish.LENGTH) == [Deliver("r", Finish.LENGTH)]
     assert_idle(scheduler)

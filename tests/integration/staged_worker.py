@@ -1,0 +1,99 @@
+"""A worker that stops at a point of a hand-off, so that tests can strike just there.
+
+The folder that STAGE_FOLDER names is how they talk: a file named after a stage stops the worker
+that comes there first, or the first whose receiver is the one in the file. It tells of itself in a
+file, and goes on when the test has removed that.
+While there is a file SLOW, each step takes its time: streams run on until the test has struck.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STAGE_FOLDER = "BATON_TEST_STAGE_FOLDER"
+COMPUTING = "computing"
+"""The prefill worker's engine is in the middle of a step; the first layer's KV may be going."""
+SENDING = "sending"
+"""Half of the KV is on its way, and the prompt may be computed meanwhile."""
+ADOPTING = "adopting"
+"""The decode worker has all of the KV, and has not begun."""
+SLOW = "slow"
+SLOW_STEP_S = 0.05
+POLL_S = 0.005
+
+
+def told(folder: Path, stage: str) -> Path:
+    return folder / f"{stage}.told"
+
+
+def stop_at(stage: str, transfer_id: str, sender: str, receiver: str) -> None:
+    """`sender` or `receiver` is empty where it is this worker."""
+    folder = Path(os.environ[STAGE_FOLDER])
+    taken = folder / f"{stage}.{os.getpid()}"
+    try:
+        if (folder / stage).read_text() not in ("", receiver):
+            return
+        (folder / stage).rename(taken)
+    except FileNotFoundError:
+        return
+    me = str(os.getpid())
+    taken.write_text(
+        json.dumps({"transfer_id": transfer_id, "sender": sender or me, "receiver": receiver or me})
+    )
+    taken.rename(told(folder, stage))
+    while told(folder, stage).exists():
+        time.sleep(POLL_S)
+
+
+def stop_where_told() -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    from workers.engine import EngineHost
+    from workers.kv.connector import BatonConnector
+    from workers.kv.inbox import Settled
+    from workers.kv.sender import Transfer
+
+    step, save_layer = EngineCore.step, BatonConnector.save_kv_layer
+    batches, settle = Transfer._batches, EngineHost._settled
+
+    def slow_step(self: EngineCore) -> Any:
+        if Path(os.environ[STAGE_FOLDER], SLOW).exists():
+            time.sleep(SLOW_STEP_S)
+        return step(self)
+
+    def stopping_save(self: BatonConnector, *args: Any, **kwargs: Any) -> None:
+        save_layer(self, *args, **kwargs)
+        for save in self._step().saves:
+            stop_at(COMPUTING, save.send.transfer_id, "", save.send.worker_id)
+
+    def stopping_batches(self: Transfer, bytes_min: int) -> Iterator[Any]:
+        # One frame a message, so that there is a half.
+        for number, frames in enumerate(batches(self, 1)):
+            if number == 1:
+                stop_at(SENDING, self.transfer_id, "", self._send.worker_id)
+            yield frames
+
+    def stopping_settle(self: EngineHost, request_id: str, settled: Settled) -> None:
+        waiting = self._waiting.get(request_id)
+        if waiting is not None and settled.whole:
+            stop_at(ADOPTING, settled.transfer_id, waiting.add.receive.worker_id, "")
+        settle(self, request_id, settled)
+
+    EngineCore.step = slow_step  # type: ignore[method-assign]
+    BatonConnector.save_kv_layer = stopping_save  # type: ignore[method-assign]
+    Transfer._batches = stopping_batches  # type: ignore[method-assign]
+    EngineHost._settled = stopping_settle  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    from workers import __main__ as worker_main
+
+    # As the worker itself does it, before vLLM is imported.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    stop_where_told()
+    worker_main.main()
