@@ -65,11 +65,6 @@ class Watch:
         state: dict[str, Any] = self._http.get("/dashboard/state").json()
         return state
 
-    def late_tokens(self) -> int:
-        """The most that came of one leg after it was cancelled."""
-        tokens: int = self._http.get("/test/late").json()
-        return tokens
-
     def channel(self, worker_id: str) -> grpc.Channel:
         return self._channels[worker_id]
 

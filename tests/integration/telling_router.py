@@ -1,19 +1,14 @@
-"""A router that tells what it holds, at `/test/held`, and at `/test/late` how many tokens came of
-one leg after it was cancelled."""
+"""A router that tells what it holds, at `/test/held`."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 
 from router import __main__ as router_main
-
-if TYPE_CHECKING:
-    from router.cluster_core import ClusterCore
 
 
 def held_by(app: FastAPI) -> dict[str, int]:
@@ -35,25 +30,9 @@ def held_by(app: FastAPI) -> dict[str, int]:
     }
 
 
-late: Counter[str] = Counter()
-
-
-def count_late(core: type[ClusterCore]) -> None:
-    on_outputs = core._on_outputs
-
-    def counted(self: ClusterCore, worker: Any, outputs: Any) -> None:
-        for output in outputs.outputs:
-            if self.scheduler.life_of_leg(output.request_id) is None:
-                late[output.request_id] += len(output.new_token_ids)
-        on_outputs(self, worker, outputs)
-
-    core._on_outputs = counted
-
-
 def tell() -> None:
     from router import server
 
-    count_late(server.ClusterCore)
     routes = server.dashboard_routes
 
     def with_held(state: Callable[[], Any]) -> APIRouter:
@@ -63,10 +42,6 @@ def tell() -> None:
         @router.get("/test/held")
         async def held(request: Request) -> dict[str, int]:
             return held_by(request.app)
-
-        @router.get("/test/late")
-        async def late_tokens() -> int:
-            return max(late.values(), default=0)
 
         return router
 

@@ -31,8 +31,6 @@ GIVE_UP = 0.3
 GIVE_UP_WITHIN_S = 0.5
 GIVEN_UP_TOKENS = 200
 """That such a request asks for: more than come in that time."""
-LATE_TOKENS_MAX = 100
-"""That come of a leg after it was cancelled: of steps that were on their way."""
 KILL_EVERY = 200
 """Requests."""
 BACK_S = 60.0
@@ -187,7 +185,6 @@ def test_nothing_is_held_and_nothing_wrong_after_a_thousand_requests(
         while held := something_held(watch):
             assert time.monotonic() < until_s, f"still held: {held}"
             time.sleep(0.2)
-        assert watch.late_tokens() <= LATE_TOKENS_MAX
 
 
 def something_held(watch: Watch) -> dict[str, dict[str, int]]:
