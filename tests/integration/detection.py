@@ -48,9 +48,10 @@ def strike(
         victim = next(name for name in faults.workers if name.startswith(victim))
     time.sleep(random.uniform(0.0, WITHIN_S))
     lost = faults.workers[victim]
+    times_out = faults.times_out(lost)
     struck_s = time.monotonic()
     hurt(victim)
-    faults.until_taken_out(lost)
+    faults.until_taken_out(lost, times_out)
     taken_out_s = time.monotonic() - struck_s
     faults.go_on()
     expect_undisturbed(streams, faults.undisturbed)

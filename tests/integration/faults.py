@@ -186,11 +186,15 @@ class Faults:
 
         until("all workers are linked", there)
 
-    def until_taken_out(self, process: Process) -> None:
-        key = settings_of(process)["incarnation"]
+    def times_out(self, process: Process) -> int:
+        """How often the router has taken it out."""
         assert self.cluster.router is not None
-        output = self.cluster.router.output
-        until("it is taken out", lambda: f"/{key} is taken out" in output())
+        key = settings_of(process)["incarnation"]
+        return self.cluster.router.output().count(f"/{key} is taken out")
+
+    def until_taken_out(self, process: Process, before: int = 0) -> None:
+        """`before`: how often it was until now."""
+        until("it is taken out", lambda: self.times_out(process) > before)
 
     def until_nothing_is_held(self, without: str = "") -> None:
         until_s = time.monotonic() + HELD_S

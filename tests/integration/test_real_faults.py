@@ -76,11 +76,12 @@ def test_streams_survive_a_worker(
         name = faults.stopped_at(phase, streams)[victim]
     assert all(stream.is_alive() for stream in streams)
     lost = faults.workers[name]
+    times_out = faults.times_out(lost)
     lost.popen.send_signal(signum)
     try:
         if signum == signal.SIGKILL:
             faults.replace(name)
-        faults.until_taken_out(lost)
+        faults.until_taken_out(lost, times_out)
         faults.go_on()
         expect_undisturbed(streams, faults.undisturbed)
         after = metrics(faults.url)
