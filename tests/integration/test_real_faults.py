@@ -135,13 +135,13 @@ def test_a_killed_router_takes_only_its_own_connections(faults: Faults) -> None:
     theirs = faults.start_streams(url, range(1, STREAMS, 2))
     faults.until_all_run([*ours, *theirs])
     until("what it placed is known", lambda: metrics(faults.url)[OTHERS] == len(theirs))
+    assert all(stream.is_alive() for stream in [*ours, *theirs])
     router.popen.kill()
     for stream in theirs:
         stream.join(STREAM_DEADLINE_S)
         # What it got is right, as far as it goes.
         assert stream.problem.startswith(CONNECTION_BROKE)
         assert stream.token_ids == faults.undisturbed[stream.number][: len(stream.token_ids)]
-    assert all(stream.is_alive() for stream in ours)
     faults.go_on()
     expect_undisturbed(ours, faults.undisturbed)
     faults.until_nothing_is_held()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -294,17 +295,21 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         attn_metadata: AttentionMetadata,
         **kwargs: Any,
     ) -> None:
+        layer_index = extract_layer_index(layer_name)
         for save in self._step().saves:
-            if save.overlaps:
-                self._push_layer(save, extract_layer_index(layer_name))
+            if save.overlaps and not (save.is_last and layer_index == max(self._layers)):
+                self._push_layer(save, layer_index)
 
     def wait_for_save(self) -> None:
         for save in self._step().saves:
+            # Its blocks may be free after the step; the next step may give them to others.
             if not save.overlaps:
-                # Its blocks may be free by then; the next step may give them to others.
-                self._runner.after_step(partial(self._push_all, save))
+                self._runner.after_step(partial(self._push_last, save, list(self._layers)))
             elif save.is_last:
-                self._runner.finish(save.send.transfer_id)
+                # With the last layer the transfer is whole, and the receiver does not wait for long
+                # to be asked for it: not before the first token is on its way, which may take many
+                # seconds of compiling.
+                self._runner.after_step(partial(self._push_last, save, [max(self._layers)]))
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_block_ids = self._failed_block_ids, set()
@@ -315,7 +320,8 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> None:
         """Push the KV of a request that runs, between two steps: prompt and output alike."""
         self._endpoint.begin(send.transfer_id)
-        self._push_all(Save(send, token_ids, block_ids, 0, len(token_ids), overlaps=False))
+        save = Save(send, token_ids, block_ids, 0, len(token_ids), overlaps=False)
+        self._push_last(save, list(self._layers))
 
     def shutdown(self) -> None:
         # A worker that runs the model itself closes its endpoint itself.
@@ -327,8 +333,8 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         assert isinstance(metadata, StepHandoffs)
         return metadata
 
-    def _push_all(self, save: Save) -> None:
-        for layer_index in self._layers:
+    def _push_last(self, save: Save, layers: Sequence[int]) -> None:
+        for layer_index in layers:
             self._push_layer(save, layer_index)
         self._runner.finish(save.send.transfer_id)
 
