@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -297,19 +296,20 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> None:
         layer_index = extract_layer_index(layer_name)
         for save in self._step().saves:
-            if save.overlaps and not (save.is_last and layer_index == max(self._layers)):
-                self._push_layer(save, layer_index)
+            if save.overlaps:
+                rest = int(save.is_last and layer_index == max(self._layers))
+                self._push_layer(save, layer_index, save.first_token, save.end_token - rest)
 
     def wait_for_save(self) -> None:
         for save in self._step().saves:
             # Its blocks may be free after the step; the next step may give them to others.
             if not save.overlaps:
-                self._runner.after_step(partial(self._push_last, save, list(self._layers)))
+                self._runner.after_step(partial(self._push_all, save))
             elif save.is_last:
-                # With the last layer the transfer is whole, and the receiver does not wait for long
-                # to be asked for it: not before the first token is on its way, which may take many
-                # seconds of compiling.
-                self._runner.after_step(partial(self._push_last, save, [max(self._layers)]))
+                # With the last layer's last token the transfer is whole, and the receiver does not
+                # wait for long to be asked for it: not before the first token is on its way, which
+                # may take many seconds of compiling.
+                self._runner.after_step(partial(self._push_rest, save))
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_block_ids = self._failed_block_ids, set()
@@ -320,8 +320,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> None:
         """Push the KV of a request that runs, between two steps: prompt and output alike."""
         self._endpoint.begin(send.transfer_id)
-        save = Save(send, token_ids, block_ids, 0, len(token_ids), overlaps=False)
-        self._push_last(save, list(self._layers))
+        self._push_all(Save(send, token_ids, block_ids, 0, len(token_ids), overlaps=False))
 
     def shutdown(self) -> None:
         # A worker that runs the model itself closes its endpoint itself.
@@ -333,12 +332,16 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         assert isinstance(metadata, StepHandoffs)
         return metadata
 
-    def _push_last(self, save: Save, layers: Sequence[int]) -> None:
-        for layer_index in layers:
-            self._push_layer(save, layer_index)
+    def _push_all(self, save: Save) -> None:
+        for layer_index in self._layers:
+            self._push_layer(save, layer_index, save.first_token, save.end_token)
         self._runner.finish(save.send.transfer_id)
 
-    def _push_layer(self, save: Save, layer_index: int) -> None:
+    def _push_rest(self, save: Save) -> None:
+        self._push_layer(save, max(self._layers), save.end_token - 1, save.end_token)
+        self._runner.finish(save.send.transfer_id)
+
+    def _push_layer(self, save: Save, layer_index: int, first_token: int, end_token: int) -> None:
         transfer = self._runner.sending(
             save.send, len(save.prompt_token_ids), lambda: digest_tokens(save.prompt_token_ids)
         )
@@ -346,9 +349,9 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
             return
         geometry = self._runner.geometry
         layer = self._layers[layer_index]
-        begin = max(save.first_token, transfer.held_tokens)
+        begin = max(first_token, transfer.held_tokens)
         most = max(1, FRAME_BYTES_MAX // geometry.frame_bytes(1, geometry.heads))
-        for first, end in frame_ranges(begin, save.end_token, most, layer.block_size):
+        for first, end in frame_ranges(begin, end_token, most, layer.block_size):
             payload, key_order = self._encoded(layer, save.block_ids, first, end - first)
             header = kv_pb2.FrameHeader(
                 transfer_id=save.send.transfer_id,
