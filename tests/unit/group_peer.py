@@ -13,7 +13,7 @@ import time
 import torch
 
 from cluster.wire import kv_pb2, worker_pb2
-from tests.unit.test_sender import FINGERPRINT, HERE, LONG_S, SENDER, Loop, Receiver
+from tests.unit.ends import FINGERPRINT, HERE, LONG_S, SENDER, Loop, Receiver
 from workers.kv.collective import Collective
 from workers.kv.frames import checksum
 from workers.kv.group import Transport

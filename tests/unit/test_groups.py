@@ -20,6 +20,7 @@ from unittest import mock
 import psutil
 import pytest
 
+from tests.unit.ends import FINGERPRINT, LONG_S, SENDER, Loop, Outbox
 from tests.unit.group_peer import (
     GEOMETRY,
     LAYER_BYTES,
@@ -30,7 +31,6 @@ from tests.unit.group_peer import (
     send_kv,
     transport,
 )
-from tests.unit.test_sender import FINGERPRINT, LONG_S, SENDER, Loop, Outbox
 from workers.kv import group
 from workers.kv import peer as peer_module
 from workers.kv.inbox import Settled
@@ -71,27 +71,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     for name, value in way.env.items():
         monkeypatch.setenv(name, value)
     return way
-
-
-@pytest.fixture(scope="module")
-def loop() -> Iterator[Loop]:
-    loop = Loop()
-    yield loop
-    loop.close()
-
-
-@pytest.fixture
-def start(loop: Loop) -> Iterator[Callable[[GroupReceiver], GroupReceiver]]:
-    started: list[GroupReceiver] = []
-
-    def start_one(receiver: GroupReceiver) -> GroupReceiver:
-        receiver.start()
-        started.append(receiver)
-        return receiver
-
-    yield start_one
-    for receiver in started:
-        receiver.stop()
 
 
 @pytest.fixture  # to be asked for after the receiver, whose threads are not the sender's
@@ -397,6 +376,8 @@ def test_a_sender_that_dies_or_freezes_holds_nothing(
     sender = peer("send", str(receiver.port))
     assert sender.line() == "sending"
     assert receiver.inbox.bytes_held == WHOLE_BYTES
+    # One that is being read from is another test's: its memory is kept while it is frozen.
+    wait_until("a layer has come", lambda: bool(receiver.inbox._transfers["t"].frames))
     sender.process.send_signal(how)
     # A frozen one is found by gRPC's keepalive.
     assert not claim.get(timeout=WAIT_S).whole

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.unit.ends import FINGERPRINT, LONG_S, SENDER, Loop
 from tests.unit.group_peer import GEOMETRY, TOKENS, GroupReceiver, push_layer, send_kv
 from tests.unit.test_groups import WAIT_S, needs_nixl, wait_until
-from tests.unit.test_sender import FINGERPRINT, LONG_S, SENDER, Loop
 from workers.kv import group, nixl
 from workers.kv.nixl import PIECES, Nixl
 from workers.kv.nixl_agent import NoNixl, Read, ReadFailed
