@@ -33,7 +33,7 @@ from workers.kv.codecs import CODEC_NAMES
 from workers.kv.connector import RECEIVE, SEND, connector_of_this_process
 from workers.kv.endpoint import KvEndpoint
 from workers.kv.frames import digest_tokens
-from workers.kv.inbox import Settled
+from workers.kv.incoming import Settled
 from workers.kv_events import KvEventCollector
 from workers.vllm_held import HeldPrefixes
 from workers.vllm_resume import RESUME, RESUME_VOCAB

@@ -20,7 +20,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from cluster.vllm_args import parse_vllm_args
 from cluster.wire import worker_pb2
 from workers.kv.endpoint import ENDPOINT_KEY
-from workers.kv.inbox import KvGeometry
+from workers.kv.incoming import KvGeometry
 from workers.kv.ranks import part_of
 from workers.kv_events import events_config
 

@@ -55,7 +55,7 @@ def stop_where_told() -> None:
 
     from workers.engine import EngineHost
     from workers.kv.connector import BatonConnector
-    from workers.kv.inbox import Settled
+    from workers.kv.incoming import Settled
     from workers.kv.sender import Transfer
 
     step, save_layer = EngineCore.step, BatonConnector.save_kv_layer

@@ -14,7 +14,8 @@ from cluster.scheduler.view import WorkerKey
 from cluster.wire import kv_pb2
 from tests.simulation.violation import Violation
 from workers.kv.frames import Frame
-from workers.kv.inbox import Inbox, KvGeometry
+from workers.kv.inbox import Inbox
+from workers.kv.incoming import KvGeometry
 
 if TYPE_CHECKING:
     from tests.simulation.worker import SimWorker

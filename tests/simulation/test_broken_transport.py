@@ -19,8 +19,9 @@ from tests.simulation.faults import NO_FAULTS
 from tests.simulation.network import Stream
 from tests.simulation.router import SimRouter
 from tests.simulation.worker import SimWorker
-from workers.kv import inbox
-from workers.kv.inbox import Inbox, TransferState
+from workers.kv import incoming
+from workers.kv.inbox import Inbox
+from workers.kv.incoming import Incoming, TransferState
 
 Patch = pytest.MonkeyPatch
 
@@ -109,19 +110,19 @@ def goes_on_after_the_stream(patch: Patch) -> None:
 
 
 def adopts_in_part(patch: Patch) -> None:
-    take_kv = Inbox._take_kv
+    take_kv = Incoming.take_kv
 
-    def broken(self: Inbox, transfer: Any, frame: Any, now: float) -> str:
-        reason = take_kv(self, transfer, frame, now)
+    def broken(self: Incoming, frame: Any, now_s: float) -> str:
+        reason = take_kv(self, frame, now_s)
         if not reason:
-            transfer.state = TransferState.WHOLE
+            self.state = TransferState.WHOLE
         return reason
 
-    patch.setattr(Inbox, "_take_kv", broken)
+    patch.setattr(Incoming, "take_kv", broken)
 
 
 def takes_repeated_frames(patch: Patch) -> None:
-    patch.setattr(inbox, "_overlap", lambda a, b: False)
+    patch.setattr(incoming, "_overlap", lambda a, b: False)
 
 
 def adopts_after_a_failure(patch: Patch) -> None:

@@ -26,7 +26,8 @@ from tests.simulation.redis import LEASE_S
 from tests.simulation.requests import Spec, token_at
 from tests.simulation.timeline import Node
 from tests.simulation.violation import Violation
-from workers.kv.inbox import Inbox, Settled
+from workers.kv.inbox import Inbox
+from workers.kv.incoming import Settled
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

@@ -16,7 +16,8 @@ import grpc.aio
 
 from cluster.wire import GRPC_OPTIONS, worker_pb2
 from workers.kv.frames import ALIGNMENT_BYTES
-from workers.kv.inbox import Inbox, KvGeometry, Settled
+from workers.kv.inbox import Inbox
+from workers.kv.incoming import KvGeometry, Settled
 from workers.kv.sender import Sender
 from workers.kv.service import KvInboxService
 from workers.kv.transfer import Sent, Transfer

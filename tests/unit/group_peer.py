@@ -17,7 +17,8 @@ from tests.unit.ends import FINGERPRINT, HERE, LONG_S, SENDER, Loop, Receiver
 from workers.kv.collective import Collective
 from workers.kv.frames import checksum
 from workers.kv.group import Transport
-from workers.kv.inbox import Inbox, KvGeometry
+from workers.kv.inbox import Inbox
+from workers.kv.incoming import KvGeometry
 from workers.kv.nixl import Nixl
 from workers.kv.sender import Identity, Sender
 from workers.kv.transfer import Transfer

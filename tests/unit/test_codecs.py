@@ -12,7 +12,8 @@ from cluster.wire import kv_pb2
 from tests.unit.test_inbox import HERE, TOKENS, kv_frame, open_frame
 from workers.kv.codecs import CODABLE, CODECS, FP8, GROUP_CHANNELS, INT8, GroupCodec, group_codec
 from workers.kv.frames import Frame
-from workers.kv.inbox import Inbox, KvGeometry, TransferState
+from workers.kv.inbox import Inbox
+from workers.kv.incoming import KvGeometry, TransferState
 
 BOTH = pytest.mark.parametrize("codec", [FP8, INT8], ids=["fp8", "int8"])
 ROUNDING = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -33,7 +33,7 @@ from tests.unit.group_peer import (
 )
 from workers.kv import group
 from workers.kv import peer as peer_module
-from workers.kv.inbox import Settled
+from workers.kv.incoming import Settled
 from workers.kv.nixl import TRIAL_BYTES, Nixl
 from workers.kv.nixl_agent import Read
 from workers.kv.sender import Identity, Sender

@@ -18,7 +18,8 @@ from cluster.wire import kv_pb2
 from workers.kv import inbox as inbox_module
 from workers.kv.codecs import group_codec
 from workers.kv.frames import Frame
-from workers.kv.inbox import Inbox, KvGeometry, Settled, TransferState
+from workers.kv.inbox import Inbox
+from workers.kv.incoming import KvGeometry, Settled, TransferState
 
 GEOMETRY = KvGeometry(layers=2, first_head=2, heads=2, head_size=4, element_bytes=2)
 HEADS = range(GEOMETRY.first_head, GEOMETRY.first_head + GEOMETRY.heads)

@@ -26,7 +26,8 @@ from tests.unit.test_inbox import (
 )
 from workers import environment
 from workers.kv.frames import Frame
-from workers.kv.inbox import Inbox, Settled, TransferState
+from workers.kv.inbox import Inbox
+from workers.kv.incoming import Settled, TransferState
 from workers.kv.ranks import Part, RankEndpoint, RankSettings, part_of
 from workers.kv.shared import SharedMemory
 

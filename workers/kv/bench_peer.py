@@ -30,7 +30,8 @@ from workers.kv.codecs import CODECS, group_codec
 from workers.kv.collective import Collective
 from workers.kv.frames import checksum
 from workers.kv.group import Transport
-from workers.kv.inbox import Inbox, KvGeometry, Settled
+from workers.kv.inbox import Inbox
+from workers.kv.incoming import KvGeometry, Settled
 from workers.kv.nixl import Nixl
 from workers.kv.nixl_agent import NoNixl
 from workers.kv.sender import Identity, Sender

@@ -29,7 +29,7 @@ from workers import vllm_resume
 from workers.kv.codecs import CODABLE, group_codec
 from workers.kv.endpoint import ENDPOINT_KEY, KvEndpoint, published
 from workers.kv.frames import checksum, digest_tokens
-from workers.kv.inbox import Whole
+from workers.kv.incoming import Whole
 from workers.kv.layout import PagedLayer, frame_ranges, paged_layer
 from workers.kv.ranks import RANKS_KEY, RankEndpoint, RankSettings, enter_rank
 from workers.kv.shared import SharedFrames, SharedMemory

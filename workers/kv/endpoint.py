@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from cluster.wire import kv_pb2, worker_pb2
-from workers.kv.inbox import Inbox, KvGeometry
+from workers.kv.inbox import Inbox
+from workers.kv.incoming import KvGeometry
 from workers.kv.sender import Sender
 from workers.kv.shared import SharedFrames
 from workers.kv.transfer import Transfer

@@ -10,143 +10,28 @@ vLLM, and the clock is handed in, so the fault tests drive it directly.
 from __future__ import annotations
 
 import contextlib
-import enum
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 from cluster.wire import kv_pb2
-from workers.kv.codecs import GroupCodec, group_codec
 from workers.kv.frames import Frame
+from workers.kv.incoming import (
+    Incoming,
+    KvGeometry,
+    Settled,
+    TransferState,
+    Whole,
+    foreign_sender,
+    sender_of,
+)
 from workers.kv.shared import SharedMemory
 
 WAITING_MAX = 1000
 """Transfers that may wait for room."""
 OVER_MAX = 10_000
 """Failed transfers that are remembered, and as many that were dropped or adopted."""
-
-
-class TransferState(enum.Enum):
-    ARRIVING = "arriving"
-    """Also one that was only claimed, and not opened yet."""
-    WAITING = "waiting"
-    """Opened, and there is no room for it."""
-    WHOLE = "whole"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class KvGeometry:
-    """What one token's KV looks like on this worker (or on this rank of it)."""
-
-    layers: int
-    first_head: int
-    heads: int
-    head_size: int
-    element_bytes: int
-
-    @property
-    def bytes_per_token(self) -> int:
-        return 2 * self.layers * self.heads * self.head_size * self.element_bytes
-
-    def frame_bytes(self, tokens: int, heads: int, codec: GroupCodec | None = None) -> int:
-        """Bytes of one layer's keys and values."""
-        if codec is not None:
-            return codec.payload_bytes(tokens, heads, self.head_size)
-        return 2 * tokens * heads * self.head_size * self.element_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """A transfer that is whole or has failed."""
-
-    transfer_id: str
-    whole: bool
-    reason: str
-    bytes: int = 0
-    tokens: int = 0
-    """That came, beside those that were held here."""
-    held_tokens: int = 0
-    credit_wait_s: float = 0.0
-    """Until there was room for it."""
-    first_layer_s: float = 0.0
-    """From then until something came: prefill computes."""
-    wire_s: float = 0.0
-    """From then until all had come."""
-    transport: str = ""
-    instead_of: str = ""
-    codec: int = kv_pb2.CODEC_NONE
-
-
-class Whole(NamedTuple):
-    """A transfer of which all is here."""
-
-    tokens: int
-    """Of the prompt."""
-    prompt_digest: bytes
-    held_tokens: int
-    """The first ones, which did not come because the prefix cache has them."""
-
-
-@dataclass(slots=True)
-class _Part:
-    """What one stream brings: all KV heads, or those of one of the sender's ranks."""
-
-    heads: range
-    arrived_head_tokens: int = 0
-    """Layer x head x token cells."""
-
-
-@dataclass(slots=True)
-class _Transfer:
-    transfer_id: str
-    changed_at_s: float
-    state: TransferState = TransferState.ARRIVING
-    reason: str = ""
-    open: kv_pb2.OpenTransfer | None = None
-    opened_at_s: float = 0.0
-    credit_at_s: float = 0.0
-    first_kv_at_s: float | None = None
-    last_kv_at_s: float = 0.0
-    codec: int = kv_pb2.CODEC_NONE
-    bytes: int = 0
-    """What it takes of the budget: the payloads that came, and the rest as if it came uncoded."""
-    held_tokens: int | None = None
-    """None: the engine has not said yet."""
-    missing_head_tokens: int = 0
-    """Of all parts, those too that are not opened yet."""
-    parts: list[_Part] = field(default_factory=list)
-    frames: dict[int, list[Frame]] = field(default_factory=dict)
-    on_credit: list[Callable[[str], None]] = field(default_factory=list)
-    """Of each part that waits for it."""
-    on_end: Callable[[str], None] | None = None
-    shared: SharedMemory | None = None
-    """Where the payloads are, if not in `frames`."""
-    on_settled: Callable[[Settled], None] | None = None
-    expected_sender: tuple[str, str] | None = None
-
-    def settled(self) -> Settled:
-        if self.state is not TransferState.WHOLE:
-            return Settled(self.transfer_id, False, self.reason)
-        assert self.open is not None and self.first_kv_at_s is not None
-        held = self.held_tokens or 0
-        return Settled(
-            transfer_id=self.transfer_id,
-            whole=True,
-            reason="",
-            bytes=self.bytes,
-            tokens=self.open.tokens - held,
-            held_tokens=held,
-            credit_wait_s=self.credit_at_s - self.opened_at_s,
-            first_layer_s=self.first_kv_at_s - self.credit_at_s,
-            wire_s=self.last_kv_at_s - self.first_kv_at_s,
-            transport=self.open.transport,
-            instead_of=self.open.instead_of,
-            codec=self.codec,
-        )
 
 
 class Inbox:
@@ -176,8 +61,8 @@ class Inbox:
         self._clock = clock
         self._shared = shared
         self._lock = threading.Lock()
-        self._transfers: dict[str, _Transfer] = {}
-        self._waiting: dict[str, _Transfer] = {}
+        self._transfers: dict[str, Incoming] = {}
+        self._waiting: dict[str, Incoming] = {}
         self._failed: dict[str, None] = {}
         self._over: dict[str, float] = {}
         """Dropped or adopted, and when: what still comes of them is refused."""
@@ -219,8 +104,8 @@ class Inbox:
             self._notice(transfer)
             state = transfer.state
             if state is TransferState.ARRIVING and frame.header.WhichOneof("kind") == "kv":
-                part = _part_with(transfer.parts, _heads(frame.header.kv))
-                if part is not None and self._has_come(transfer, part):
+                kv = frame.header.kv
+                if transfer.part_has_come(range(kv.first_head, kv.first_head + kv.heads)):
                     state = TransferState.WHOLE
             return state, transfer.reason
 
@@ -352,7 +237,7 @@ class Inbox:
             self.drop(transfer.transfer_id, reason)
         return [transfer.transfer_id for transfer in idle]
 
-    def _may_idle_s(self, transfer: _Transfer) -> float:
+    def _may_idle_s(self, transfer: Incoming) -> float:
         unclaimed = transfer.state is TransferState.WHOLE and transfer.expected_sender is None
         return self._max_unclaimed_s if unclaimed else self._max_idle_s
 
@@ -367,27 +252,27 @@ class Inbox:
         for call in calls:
             call()
 
-    def _get(self, transfer_id: str) -> _Transfer:
+    def _get(self, transfer_id: str) -> Incoming:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
-            transfer = _Transfer(transfer_id, changed_at_s=self._clock())
+            transfer = Incoming(transfer_id, self.geometry, self._clock())
             self._transfers[transfer_id] = transfer
         return transfer
 
     def _claim(
         self,
-        transfer: _Transfer,
+        transfer: Incoming,
         sender: tuple[str, str],
         on_settled: Callable[[Settled], None],
     ) -> None:
         transfer.changed_at_s = self._clock()
         transfer.on_settled = on_settled
         transfer.expected_sender = sender
-        if transfer.open is not None and self._sender(transfer.open) != sender:
-            self._fail(transfer, self._foreign_sender(transfer.open, sender))
+        if transfer.open is not None and (found := sender_of(transfer.open)) != sender:
+            self._fail(transfer, foreign_sender(found, sender))
         self._notice(transfer)
 
-    def _take(self, transfer: _Transfer, frame: Frame) -> str:
+    def _take(self, transfer: Incoming, frame: Frame) -> str:
         """Returns why the transfer fails, or an empty string."""
         now = self._clock()
         transfer.changed_at_s = now
@@ -400,34 +285,20 @@ class Inbox:
             return "a frame arrived before the transfer was opened"
         if transfer.state is TransferState.WAITING:
             return "a frame arrived before there was room for the transfer"
-        return self._take_kv(transfer, frame, now)
+        before_bytes = transfer.bytes
+        reason = transfer.take_kv(frame, now)
+        self._bytes += transfer.bytes - before_bytes
+        return reason
 
-    def _take_open(self, transfer: _Transfer, opened: kv_pb2.OpenTransfer, now: float) -> str:
-        geometry = self.geometry
-        heads = range(geometry.first_head, geometry.first_head + geometry.heads)
-        if opened.heads:
-            heads = range(opened.first_head, opened.first_head + opened.heads)
-        if any(_common(heads, part.heads) for part in transfer.parts):
-            return "the transfer was opened twice"
+    def _take_open(self, transfer: Incoming, opened: kv_pb2.OpenTransfer, now: float) -> str:
         if opened.to_incarnation != self.incarnation:
             return (
                 f"it is meant for incarnation {opened.to_incarnation}, this is {self.incarnation}"
             )
-        expected = transfer.expected_sender
-        if expected is not None and self._sender(opened) != expected:
-            return self._foreign_sender(opened, expected)
-        part = _Part(heads)
-        if transfer.open is not None:
-            if not _same_transfer(opened, transfer.open):
-                return "its parts are of different prompts or senders"
-            transfer.parts.append(part)
-            return ""
-        held_tokens = transfer.held_tokens or 0
-        if opened.tokens == 0:
-            return "a transfer of no tokens"
-        if opened.tokens <= held_tokens:
-            return f"a transfer of {opened.tokens} tokens, of which {held_tokens} are held here"
-        whole_bytes = (opened.tokens - held_tokens) * self.geometry.bytes_per_token
+        is_first = transfer.open is None
+        if (wrong := transfer.take_open(opened)) or not is_first:
+            return wrong
+        whole_bytes = transfer.uncoded_bytes()
         if whole_bytes > self.max_bytes:
             return f"the inbox is too small: {whole_bytes} bytes asked, it holds {self.max_bytes}"
         if len(self._waiting) >= WAITING_MAX:
@@ -437,17 +308,10 @@ class Inbox:
                 transfer.shared = SharedMemory()
             except OSError as error:
                 return f"there is no memory to share: {error}"
-        transfer.open = opened
-        transfer.parts.append(part)
         transfer.opened_at_s = now
         transfer.state = TransferState.WAITING
         self._waiting[transfer.transfer_id] = transfer
         return ""
-
-    def _has_come(self, transfer: _Transfer, part: _Part) -> bool:
-        assert transfer.open is not None
-        tokens = transfer.open.tokens - (transfer.held_tokens or 0)
-        return part.arrived_head_tokens == tokens * len(part.heads) * self.geometry.layers
 
     def _give_credit(self) -> None:
         """To those that wait for room, in the order in which they came."""
@@ -456,85 +320,14 @@ class Inbox:
             if transfer.open.expects_held and transfer.held_tokens is None:
                 # In no one's way: the engine says it at its next step.
                 continue
-            tokens = transfer.open.tokens - (transfer.held_tokens or 0)
-            whole_bytes = tokens * self.geometry.bytes_per_token
-            if self._bytes + whole_bytes > self.max_bytes:
+            if self._bytes + transfer.uncoded_bytes() > self.max_bytes:
                 return
             del self._waiting[transfer.transfer_id]
-            self._bytes += whole_bytes
-            transfer.bytes = whole_bytes
-            transfer.missing_head_tokens = tokens * self.geometry.heads * self.geometry.layers
-            transfer.state = TransferState.ARRIVING
-            transfer.changed_at_s = transfer.credit_at_s = self._clock()
+            transfer.begin(self._clock())
+            self._bytes += transfer.bytes
             self._notice(transfer)
 
-    def _take_kv(self, transfer: _Transfer, frame: Frame, now: float) -> str:
-        assert transfer.open is not None
-        kv, geometry = frame.header.kv, self.geometry
-        try:
-            codec = group_codec(kv.codec)
-        except KeyError:
-            return f"codec {kv.codec} is not known here"
-        if kv.key_order not in kv_pb2.KeyOrder.values():
-            return f"key order {kv.key_order} is not known here"
-        in_blocks = kv.key_order == kv_pb2.KEY_ORDER_BLOCKS
-        if in_blocks and (kv.block_tokens == 0 or kv.tokens % kv.block_tokens):
-            return f"{kv.tokens} tokens in blocks of {kv.block_tokens}"
-        if kv.layer >= geometry.layers:
-            return f"layer {kv.layer} of a model of {geometry.layers} layers"
-        if kv.tokens == 0 or kv.first_token + kv.tokens > transfer.open.tokens:
-            return (
-                f"tokens {kv.first_token} to {kv.first_token + kv.tokens} "
-                f"of a prompt of {transfer.open.tokens}"
-            )
-        held_tokens = min(max(0, (transfer.held_tokens or 0) - kv.first_token), kv.tokens)
-        if held_tokens == kv.tokens:
-            return f"tokens {kv.first_token} to {kv.first_token + kv.tokens} are held here"
-        last_head = geometry.first_head + geometry.heads
-        if (
-            kv.heads == 0
-            or kv.first_head < geometry.first_head
-            or kv.first_head + kv.heads > last_head
-        ):
-            return (
-                f"KV heads {kv.first_head} to {kv.first_head + kv.heads}, "
-                f"this worker holds {geometry.first_head} to {last_head}"
-            )
-        part = _part_with(transfer.parts, _heads(kv))
-        if part is None:
-            return f"KV heads {kv.first_head} to {kv.first_head + kv.heads} of no part opened"
-        payload_bytes = geometry.frame_bytes(kv.tokens, kv.heads, codec)
-        if len(frame.payload) != payload_bytes:
-            return f"a payload of {len(frame.payload)} bytes where {payload_bytes} belong"
-        if payload_bytes > geometry.frame_bytes(kv.tokens, kv.heads):
-            return f"codec {kv.codec} makes KV of this shape larger"
-        # Room was set aside for what is not held; the frame may begin before that.
-        spared_bytes = geometry.frame_bytes(kv.tokens - held_tokens, kv.heads) - payload_bytes
-        if codec is not None and kv.key_order != kv_pb2.KEY_ORDER_TOKENS_CHANNELS:
-            return f"codec {kv.codec} with key order {kv.key_order}"
-        present = transfer.frames.setdefault(kv.layer, [])
-        if any(_overlap(kv, other.header.kv) for other in present):
-            return f"layer {kv.layer}, tokens from {kv.first_token} arrived twice"
-        if transfer.shared is not None:
-            try:
-                transfer.shared.append(frame)
-            except OSError as error:
-                return f"there is no memory to share: {error}"
-            frame = Frame(frame.header, memoryview(b""))
-        present.append(frame)
-        if transfer.first_kv_at_s is None:
-            transfer.first_kv_at_s = now
-        transfer.last_kv_at_s = now
-        transfer.codec = kv.codec
-        transfer.bytes -= spared_bytes
-        self._bytes -= spared_bytes
-        part.arrived_head_tokens += (kv.tokens - held_tokens) * kv.heads
-        transfer.missing_head_tokens -= (kv.tokens - held_tokens) * kv.heads
-        if transfer.missing_head_tokens == 0:
-            transfer.state = TransferState.WHOLE
-        return ""
-
-    def _fail(self, transfer: _Transfer, reason: str) -> None:
+    def _fail(self, transfer: Incoming, reason: str) -> None:
         self._bytes -= transfer.bytes
         transfer.bytes = 0
         transfer.open = None
@@ -549,7 +342,7 @@ class Inbox:
             self._forget(self._transfers[next(iter(self._failed))])
         self._give_credit()
 
-    def _forget(self, transfer: _Transfer) -> None:
+    def _forget(self, transfer: Incoming) -> None:
         """One that is whole or has failed."""
         del self._transfers[transfer.transfer_id]
         self._failed.pop(transfer.transfer_id, None)
@@ -563,7 +356,7 @@ class Inbox:
         if len(self._over) > OVER_MAX:
             del self._over[next(iter(self._over))]
 
-    def _notice(self, transfer: _Transfer) -> None:
+    def _notice(self, transfer: Incoming) -> None:
         """Tell those who wait for credit or for the end, once, if it is there."""
         state, reason = transfer.state, transfer.reason
         on_credit, on_end, on_settled = transfer.on_credit, transfer.on_end, transfer.on_settled
@@ -578,42 +371,3 @@ class Inbox:
             transfer.on_settled = None
             settled = transfer.settled()
             self._calls.append(lambda: on_settled(settled))
-
-    @staticmethod
-    def _sender(opened: kv_pb2.OpenTransfer) -> tuple[str, str]:
-        return opened.from_worker_id, opened.from_incarnation
-
-    @classmethod
-    def _foreign_sender(cls, opened: kv_pb2.OpenTransfer, expected: tuple[str, str]) -> str:
-        return f"it comes from {'/'.join(cls._sender(opened))}, not from {'/'.join(expected)}"
-
-
-def _heads(kv: kv_pb2.KvFrame) -> range:
-    return range(kv.first_head, kv.first_head + kv.heads)
-
-
-def _common(a: range, b: range) -> bool:
-    return a.start < b.stop and b.start < a.stop
-
-
-def _part_with(parts: list[_Part], heads: range) -> _Part | None:
-    for part in parts:
-        if part.heads.start <= heads.start and heads.stop <= part.heads.stop:
-            return part
-    return None
-
-
-def _same_transfer(a: kv_pb2.OpenTransfer, b: kv_pb2.OpenTransfer) -> bool:
-    return (a.tokens, a.prompt_digest, a.from_worker_id, a.from_incarnation) == (
-        *(b.tokens, b.prompt_digest),
-        *(b.from_worker_id, b.from_incarnation),
-    )
-
-
-def _overlap(a: kv_pb2.KvFrame, b: kv_pb2.KvFrame) -> bool:
-    return (
-        a.first_token < b.first_token + b.tokens
-        and b.first_token < a.first_token + a.tokens
-        and a.first_head < b.first_head + b.heads
-        and b.first_head < a.first_head + a.heads
-    )

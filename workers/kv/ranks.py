@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.logs import configure_logs
 from cluster.wire import kv_pb2, worker_pb2
-from workers.kv.inbox import KvGeometry
+from workers.kv.incoming import KvGeometry
 from workers.kv.sender import Identity, Sender, log_undelivered
 from workers.kv.shared import SharedFrames
 from workers.kv.transfer import Transfer

@@ -12,7 +12,8 @@ import grpc.aio
 from cluster.wire import kv_pb2, kv_pb2_grpc, worker_pb2
 from workers.kv.frames import BadFrame, decode_frames
 from workers.kv.group import IncomingGroup, Transport
-from workers.kv.inbox import Inbox, TransferState
+from workers.kv.inbox import Inbox
+from workers.kv.incoming import TransferState
 from workers.kv.transfer import GRPC, TRANSFER_KEY
 
 HELD_WAIT_S = 0.5
