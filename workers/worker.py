@@ -120,6 +120,8 @@ class Worker:
                 endpoint.codec,
                 settings.handoff.staged_bytes,
                 settings.handoff.transfer_deadline_s,
+                settings.host,
+                settings.handoff.transport,
             )
         service = WorkerService(loop)
         engine = EngineHost(config, endpoint, service)

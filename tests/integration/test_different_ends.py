@@ -35,7 +35,12 @@ TRIES_MAX = 6
 def ends(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("ends")
     with running_cluster(
-        folder, vllm_args, prefill=2, decode=2, worker_args=WORKER_ARGS
+        folder,
+        vllm_args,
+        prefill=2,
+        decode=2,
+        worker_args=WORKER_ARGS,
+        handoff={"transport": "collective"},
     ) as cluster:
         yield cluster
 
@@ -78,6 +83,13 @@ def test_same_answers(ends: Cluster, plain: str, prefill: int, decode: int, toke
             # A prefill alone: the pools' turns are then no longer in step.
             post(ends, {"prompt": prompt_of(2, number), "max_tokens": 1})
     pytest.fail(f"no request went from prefill-{prefill} to decode-{decode}")
+
+
+def test_ranks_send_by_the_transport_asked_for(ends: Cluster) -> None:
+    """Those of a worker and the only one of another."""
+    done = metrics(ends.url)
+    by_collective = 'baton_handoffs_by_transport_total{instead_of="",transport="collective"}'
+    assert done[by_collective] == done["baton_handoffs_completed_total"] > 0
 
 
 def test_who_leaves_leaves_nothing(ends: Cluster) -> None:

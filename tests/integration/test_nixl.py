@@ -1,4 +1,5 @@
-"""Hand-offs by nixl between real workers: the answers are one plain vLLM's."""
+"""Hand-offs by nixl between real workers, one of which has two ranks: the answers are one plain
+vLLM's."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ BY_NIXL = 'baton_handoffs_by_transport_total{instead_of="",transport="nixl"}'
 @pytest.fixture(scope="module")
 def by_nixl(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
     handoff = {"overlap": "always", "transport": "nixl"}
-    with running_cluster(tmp_path_factory.mktemp("nixl"), vllm_args, handoff=handoff) as cluster:
+    worker_args = {"prefill-0": ["--tensor-parallel-size", "2"]}
+    folder = tmp_path_factory.mktemp("nixl")
+    with running_cluster(folder, vllm_args, handoff=handoff, worker_args=worker_args) as cluster:
         yield cluster
 
 

@@ -52,16 +52,22 @@ def send_kv(port: int, transfer_id: str = "t") -> worker_pb2.SendKv:
     )
 
 
-def payload_of(layer: int) -> memoryview:
-    return memoryview(bytearray([layer + 1]) * LAYER_BYTES)
+def payload_of(layer: int, heads: int = GEOMETRY.heads) -> memoryview:
+    return memoryview(bytearray([layer + 1]) * (LAYER_BYTES * heads // GEOMETRY.heads))
 
 
-def push_layer(transfer: Transfer, layer: int, checksum_of: memoryview | None = None) -> None:
-    payload = payload_of(layer)
+def push_layer(
+    transfer: Transfer,
+    layer: int,
+    checksum_of: memoryview | None = None,
+    heads: range = range(GEOMETRY.heads),
+) -> None:
+    payload = payload_of(layer, len(heads))
     kv = kv_pb2.KvFrame(
         layer=layer,
         tokens=TOKENS,
-        heads=GEOMETRY.heads,
+        first_head=heads.start,
+        heads=len(heads),
         checksum=checksum(payload if checksum_of is None else checksum_of),
     )
     transfer.push(kv_pb2.FrameHeader(transfer_id=transfer.transfer_id, kv=kv), payload)

@@ -21,6 +21,7 @@ import grpc
 from cluster.wire import kv_pb2
 from workers.kv.frames import BadFrame, Frame, check_payload, decode_header
 from workers.kv.inbox import Inbox
+from workers.kv.incoming import TransferState
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,9 @@ class IncomingGroup(ABC):
         # Bounded by the sender, which announces no more than two batches a transfer ahead.
         self._announced: queue.SimpleQueue[kv_pb2.FrameHeaders | None] = queue.SimpleQueue()
         self._open: set[str] = set()
+        """Transfers of which more is to come."""
+        self._come: set[str] = set()
+        """Those of which all has come: what this sender has of them."""
         self._thread = threading.Thread(target=self._run, name="kv-group", daemon=True)
 
     @abstractmethod
@@ -224,12 +228,22 @@ class IncomingGroup(ABC):
                 except BadFrame as error:
                     self._inbox.fail(transfer_id, str(error))
                 else:
-                    self._inbox.receive(frame)
+                    state, _ = self._inbox.receive(frame)
+                    if state is TransferState.WHOLE:
+                        self._open.discard(transfer_id)
+                        self._come.add(transfer_id)
             case "end":
-                self._open.discard(transfer_id)
-                self._inbox.fail(transfer_id, "the sender's frames ended before the KV was whole")
+                if transfer_id in self._come:
+                    # Other ranks of the sender may still have to bring theirs.
+                    self._come.discard(transfer_id)
+                else:
+                    self._open.discard(transfer_id)
+                    self._inbox.fail(
+                        transfer_id, "the sender's frames ended before the KV was whole"
+                    )
             case "abort":
                 self._open.discard(transfer_id)
+                self._come.discard(transfer_id)
                 self._inbox.receive(frame)
             case kind:
                 raise BadFrame(f"a frame of kind {kind} in a group")

@@ -128,7 +128,7 @@ class Inbox:
             if transfer is None:
                 self._calls.append(lambda: on_end("the transfer is over"))
             else:
-                transfer.on_end = on_end
+                transfer.on_end.append(on_end)
                 self._notice(transfer)
 
     def expect(
@@ -364,9 +364,9 @@ class Inbox:
         if on_credit and state is not TransferState.WAITING:
             transfer.on_credit = []
             self._calls += [partial(tell, reason) for tell in on_credit]
-        if on_end is not None and ended:
-            transfer.on_end = None
-            self._calls.append(lambda: on_end(reason))
+        if on_end and ended:
+            transfer.on_end = []
+            self._calls += [partial(tell, reason) for tell in on_end]
         if on_settled is not None and ended:
             transfer.on_settled = None
             settled = transfer.settled()

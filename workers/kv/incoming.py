@@ -113,7 +113,8 @@ class Incoming:
     frames: dict[int, list[Frame]] = field(default_factory=dict)
     on_credit: list[Callable[[str], None]] = field(default_factory=list)
     """Of each part that waits for it."""
-    on_end: Callable[[str], None] | None = None
+    on_end: list[Callable[[str], None]] = field(default_factory=list)
+    """As `on_credit`."""
     shared: SharedMemory | None = None
     """Where the payloads are, if not in `frames`."""
     on_settled: Callable[[Settled], None] | None = None

@@ -24,6 +24,7 @@ from workers.kv.incoming import KvGeometry
 from workers.kv.sender import Identity, Sender, log_undelivered
 from workers.kv.shared import SharedFrames
 from workers.kv.transfer import Transfer
+from workers.kv.transports import make_transports
 from workers.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class RankSettings:
     codec: Codec
     staged_bytes: int
     transfer_deadline_s: float
+    host: str
+    """Of the interface that other workers reach."""
+    transport: str
+    """As in the configuration."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -108,12 +113,24 @@ class RankEndpoint:
         self.codec = settings.codec
         self._sends = part.sends
         fingerprint = worker_pb2.Fingerprint.FromString(settings.fingerprint)
+        self._transports = (
+            make_transports(
+                settings.transport,
+                settings.host,
+                f"{settings.worker_id}/{settings.incarnation}/{rank}",
+                rank,
+            )
+            if part.sends
+            else []
+        )
         self._sender = Sender(
             Identity(settings.worker_id, settings.incarnation, fingerprint),
             settings.staged_bytes // settings.ranks,
             settings.transfer_deadline_s,
             log_undelivered,
-            heads=(part.first_head, part.heads),
+            self._transports,
+            settings.transport,
+            (part.first_head, part.heads),
         )
         self._sending: dict[str, Transfer] = {}
 
@@ -155,6 +172,8 @@ class RankEndpoint:
 
     def close(self) -> None:
         self._sender.close()
+        for transport in self._transports:
+            transport.close()
 
 
 def enter_rank(settings: RankSettings, rank: int) -> RankEndpoint:

@@ -16,8 +16,9 @@ from workers.kv.sender import AUTO
 logger = logging.getLogger(__name__)
 
 
-def make_transports(wanted: str, host: str, worker: str) -> list[Transport]:
-    """The best first. `worker`: what names this worker start. One that cannot be had here is not
+def make_transports(wanted: str, host: str, worker: str, gpu: int = 0) -> list[Transport]:
+    """The best first. `worker`: what names this worker start, and the rank of it. `gpu`: the one of
+    those visible whose memory this process has KV in. One that cannot be had here is not
     among them: what was to go by it goes by gRPC."""
     made: list[Transport] = []
     if wanted in (AUTO, nixl.NAME):
@@ -27,6 +28,6 @@ def make_transports(wanted: str, host: str, worker: str) -> list[Transport]:
             if wanted != AUTO:
                 logger.warning("nixl transport: %s; KV goes by gRPC", error)
     if wanted in (AUTO, collective.NAME):
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
         made.append(Collective(host, device))
     return made
