@@ -38,7 +38,7 @@ from workers.kv.peer import RATE_ASSUMED_BYTES_S, RATE_SAMPLE_BYTES_MIN
 from workers.kv.ranks import RankEndpoint, RankSettings
 from workers.kv.sender import Identity, Sender
 from workers.kv.service import KvInboxService
-from workers.kv.transfer import ENGINE_WAIT_MAX_S, STALLED_S, Sent, Transfer
+from workers.kv.transfer import ENGINE_WAIT_MAX_S, GRPC, STALLED_S, Sent, Transfer
 
 LARGE = memoryview(bytes(16 << 20))
 """More than a stream carries to a receiver that reads nothing."""
@@ -148,7 +148,7 @@ def test_ranks_send_one_transfer_in_parts(
     fingerprint = FINGERPRINT.SerializeToString()
     settings = RankSettings(
         *(os.getpid(), *SENDER, fingerprint, GEOMETRY, GEOMETRY.heads),
-        *(kv_pb2.CODEC_NONE, 1 << 20, LONG_S),
+        *(kv_pb2.CODEC_NONE, 1 << 20, LONG_S, "127.0.0.1", GRPC),
     )
     ranks = [RankEndpoint(settings, rank) for rank in range(settings.ranks)]
     try:
