@@ -7,10 +7,11 @@ the client's goes to `get_output_async`.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -50,9 +51,9 @@ from cluster.wire import worker_pb2
 from router.every_worker import ConnectedWorker, EveryWorker, adapter_key, with_lasting_id
 from router.link import WorkerLink
 from router.metrics import RouterMetrics
-from router.outputs import Outputs
 from router.placing import PLACING, Placing
 from router.tally import Tally
+from router.together import Together
 from router.tracing import trace_handoff
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ class ClusterCore(EveryWorker):
         self.engine_ranks_managed = [0]
         self._handoff_deadline_s = handoff_deadline_s
         self._clock = clock
-        self._outputs = Outputs()
+        # Bounded by the outputs of the requests in flight.
+        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._requests: dict[str, EngineCoreRequest] = {}
         self._placings: dict[str, Placing] = {}
         self._encoder = MsgpackEncoder()
@@ -142,7 +144,7 @@ class ClusterCore(EveryWorker):
             WrongWorker: another one answers at its address.
         """
         # The callbacks come only once the link is started, and by then the key is known.
-        link = WorkerLink(address, lambda m: self._on_message(worker, m), on_lost)
+        link = WorkerLink(address, lambda said: self._on_messages(worker, said), on_lost)
         try:
             description = await link.connect()
             found = WorkerKey(description.worker_id, description.incarnation)
@@ -308,7 +310,7 @@ class ClusterCore(EveryWorker):
             if placing := self._placings.get(request_id):
                 placing.refusal = failed
         output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
-        self._outputs.put(EngineCoreOutputs(outputs=[output]))
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
         self._forget(request_id)
 
     def _ended(self, request_id: str, actions: list[Action]) -> list[Action]:
@@ -321,38 +323,46 @@ class ClusterCore(EveryWorker):
 
     # --- what workers say -------------------------------------------------------------------------
 
-    def _on_message(self, worker: ConnectedWorker, message: worker_pb2.FromEngine) -> None:
-        match message.WhichOneof("kind"):
-            case "outputs":
-                worker.load = message.outputs.load
-                load = message.outputs.load
-                self.scheduler.on_load(
-                    worker.key, load.running, load.waiting, load.kv_usage, load.inbox_bytes
-                )
-                self._on_outputs(worker, self._decoder.decode(list(message.outputs.outputs)))
-                if message.outputs.HasField("kv_events"):
-                    self._on_kv_events(worker, message.outputs.kv_events)
-            case "adopted":
-                self._on_adopted(worker, message.adopted)
-            case "moved":
-                moved = message.moved
-                if not moved.moved:
-                    logger.info("leg %s is computed again: %s", moved.leg_id, moved.reason)
-                actions = self.scheduler.on_moved_out(moved.leg_id, moved.moved, self._clock())
-                self._carry_out(actions)
-            case "utility":
-                self.on_reply(worker, message.utility)
-            case "kv_events":
-                self._on_kv_events(worker, message.kv_events)
+    def _on_messages(
+        self, worker: ConnectedWorker, messages: Sequence[worker_pb2.FromEngine]
+    ) -> None:
+        """All that came in one batch."""
+        together = Together() if len(messages) > 1 else None
+        for message in messages:
+            match message.WhichOneof("kind"):
+                case "outputs":
+                    worker.load = load = message.outputs.load
+                    self.scheduler.on_load(
+                        worker.key, load.running, load.waiting, load.kv_usage, load.inbox_bytes
+                    )
+                    outputs = self._decoder.decode(list(message.outputs.outputs))
+                    self._on_outputs(worker, outputs, together)
+                    if message.outputs.HasField("kv_events"):
+                        self._on_kv_events(worker, message.outputs.kv_events)
+                case "adopted":
+                    self._on_adopted(worker, message.adopted)
+                case "moved":
+                    moved = message.moved
+                    if not moved.moved:
+                        logger.info("leg %s is computed again: %s", moved.leg_id, moved.reason)
+                    actions = self.scheduler.on_moved_out(moved.leg_id, moved.moved, self._clock())
+                    self._carry_out(actions)
+                case "utility":
+                    self.on_reply(worker, message.utility)
+                case "kv_events":
+                    self._on_kv_events(worker, message.kv_events)
 
-    def _on_outputs(self, worker: ConnectedWorker, outputs: EngineCoreOutputs) -> None:
-        # Workers' clocks are their own; the front end takes differences against this process's.
-        now = self._clock()
-        step_ended_s, outputs.timestamp = outputs.timestamp, now
-        shift_s = now - step_ended_s
+    def _on_outputs(
+        self, worker: ConnectedWorker, outputs: EngineCoreOutputs, together: Together | None
+    ) -> None:
+        # Workers' clocks are their own; the front end takes differences against this process's. And
+        # the steps of one batch did not end at one time.
+        now, step_ended_s = self._clock(), outputs.timestamp
+        outputs.timestamp = worker.clock.here_s(step_ended_s, now)
+        shift_s = outputs.timestamp - step_ended_s
         self.scheduler.on_step(
             worker.key,
-            now,
+            outputs.timestamp,
             {
                 output.request_id: output.prefill_stats and output.prefill_stats.num_computed_tokens
                 for output in outputs.outputs
@@ -360,35 +370,42 @@ class ClusterCore(EveryWorker):
         )
         delivered: list[EngineCoreOutput] = []
         for output in outputs.outputs:
-            life = self.scheduler.life_of_leg(output.request_id)
+            leg_id = output.request_id
+            life = self.scheduler.life_of_leg(leg_id)
             if life is None:
                 continue
-            finish = None if output.finish_reason is None else _FINISHES[output.finish_reason]
             first_leg = not life.tokens
-            actions = self.scheduler.on_output(output.request_id, output.new_token_ids, finish)
-            for action in actions:
-                if isinstance(action, Deliver):
-                    output.request_id = action.request_id
-                    if action.finish is None:
-                        output.finish_reason = None
-                    for event in output.events or ():
-                        event.timestamp += shift_s
-                    if first_leg:
-                        self.tally.first_token(action.request_id, step_ended_s, now)
-                    else:
-                        # Queueing and scheduling of a later leg are not the request's.
-                        output.events = None
-                    delivered.append(output)
-            self._carry_out(actions)
+            finish = None if output.finish_reason is None else _FINISHES[output.finish_reason]
+            deliver, *others = self.scheduler.on_output(leg_id, output.new_token_ids, finish)
+            assert isinstance(deliver, Deliver)
+            output.request_id = deliver.request_id
+            if deliver.finish is None:
+                output.finish_reason = None
+            for event in output.events or ():
+                event.timestamp += shift_s
+            if first_leg:
+                self.tally.first_token(deliver.request_id, step_ended_s, now)
+            else:
+                # Queueing and scheduling of a later leg are not the request's.
+                output.events = None
+            if not (together and self._joins(together, output)):
+                delivered.append(output)
+            if others:
+                self._carry_out(others)
             if life.done:
                 self.tally.request_ended(life.path)
-                self._forget(life.ask.request_id)
+                self._forget(deliver.request_id)
         if outputs.scheduler_stats is not None:
             worker.stats = outputs.scheduler_stats
             outputs.scheduler_stats = self._cluster_stats(outputs.scheduler_stats)
         outputs.outputs = delivered
         if delivered or outputs.scheduler_stats is not None:
-            self._outputs.put(outputs)
+            self._outputs.put_nowait(outputs)
+
+    def _joins(self, together: Together, output: EngineCoreOutput) -> bool:
+        # Where text ends a request, what comes behind it is not to be seen.
+        params = self._requests[output.request_id].sampling_params
+        return params is not None and not params.stop and together.joins(output)
 
     def _on_adopted(self, worker: ConnectedWorker, adopted: worker_pb2.Adopted) -> None:
         life = self.scheduler.on_adopted(adopted.request_id, adopted.handed_over, adopted.exposed_s)

@@ -17,6 +17,7 @@ from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.view import WorkerKey
 from cluster.wire import worker_pb2
 from router.link import WorkerLink
+from router.other_clock import OtherClock
 
 UTILITY_DEADLINE_S = 60.0
 
@@ -34,6 +35,8 @@ class ConnectedWorker:
     handoff_bytes_in: int = 0
     kv_sequence: int | None = None
     """Of the last KV events; none while it is to tell all that it holds."""
+    clock: OtherClock = field(default_factory=OtherClock)
+    """Its own."""
 
 
 class EveryWorker(EngineCoreClient):  # type: ignore[misc]

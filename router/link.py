@@ -5,38 +5,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 import grpc.aio
 
 from cluster.arrivals import Arrivals, MessageLost
+from cluster.outgoing import WAITING_MAX, Outgoing
 from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
+from router.keeping_up import KeepingUp
 
 logger = logging.getLogger(__name__)
 
 DESCRIBE_DEADLINE_S = 10.0
-OUTGOING_MAX = 10_000
 
 
 class WorkerLink:
     """Connects, describes, then carries messages both ways until either end stops.
 
-    `on_message` and `on_lost` are called on the event loop; `on_lost` once, and not after `close`.
+    `on_messages` and `on_lost` are called on the event loop; `on_lost` once, and not after `close`.
     """
 
     def __init__(
         self,
         address: str,
-        on_message: Callable[[worker_pb2.FromEngine], None],
+        on_messages: Callable[[Sequence[worker_pb2.FromEngine]], None],
         on_lost: Callable[[str], None],
     ) -> None:
         self.address = address
-        self._on_message = on_message
+        self._on_messages = on_messages
         self._on_lost = on_lost
         self._channel = grpc.aio.insecure_channel(address, options=GRPC_OPTIONS)
         self._stub = worker_pb2_grpc.WorkerStub(self._channel)  # type: ignore[no-untyped-call]
-        self._outgoing: asyncio.Queue[worker_pb2.ToEngine | None] = asyncio.Queue(OUTGOING_MAX)
+        self._outgoing: Outgoing[worker_pb2.ToEngine] = Outgoing()
+        self._keeping_up = KeepingUp(self._tell_taken)
         self._reader: asyncio.Task[None] | None = None
 
     async def connect(self) -> worker_pb2.WorkerDescription:
@@ -52,7 +54,7 @@ class WorkerLink:
     def send(self, message: worker_pb2.ToEngine) -> None:
         """Never blocks. A worker that does not take messages any more is given up."""
         try:
-            self._outgoing.put_nowait(message)
+            self._outgoing.put(message)
         except asyncio.QueueFull:
             if self._reader is not None:
                 self._reader.cancel()
@@ -68,17 +70,16 @@ class WorkerLink:
         reason = "it closed the stream"
         arrivals = Arrivals()
         try:
-            async for message in self._stub.Engine(self._requests()):
-                if not arrivals.is_new(message.number):
+            async for batch in self._stub.Engine(self._requests()):
+                if not arrivals.is_new(batch.number):
                     continue
-                if message.HasField("failed"):
-                    reason = f"its engine failed: {message.failed.message}"
+                if failed := self._on_batch(batch):
+                    reason = f"its engine failed: {failed}"
                     break
-                self._on_message(message)
         except asyncio.CancelledError:
             if self._reader is None:
                 raise
-            reason = f"it is {OUTGOING_MAX} messages behind"
+            reason = f"it is {WAITING_MAX} messages behind"
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
         except MessageLost as error:
@@ -89,10 +90,21 @@ class WorkerLink:
         if self._reader is not None:
             self._on_lost(reason)
 
-    async def _requests(self) -> AsyncIterator[worker_pb2.ToEngine]:
-        number = 0
+    def _on_batch(self, batch: worker_pb2.FromEngineBatch) -> str:
+        """Why its engine failed, if it did."""
+        self._on_messages(batch.messages)
+        # The last thing that it says.
+        if batch.messages[-1].HasField("failed"):
+            return str(batch.messages[-1].failed.message)
+        self._keeping_up.on_batch(batch.number)
+        return ""
+
+    def _tell_taken(self, number: int, gather: bool) -> None:
+        taken = worker_pb2.BatchesTaken(number=number, gather=gather)
+        self.send(worker_pb2.ToEngine(taken=taken))
+
+    async def _requests(self) -> AsyncIterator[worker_pb2.ToEngineBatch]:
         with contextlib.suppress(asyncio.CancelledError):
-            while (message := await self._outgoing.get()) is not None:
-                number += 1
-                message.number = number
-                yield message
+            while (batch := await self._outgoing.take()) is not None:
+                number, messages = batch
+                yield worker_pb2.ToEngineBatch(number=number, messages=messages)

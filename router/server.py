@@ -131,6 +131,8 @@ async def serve_when_ready(
     if not ready.done():
         ready.cancel()
         return
+    # vLLM's front end looks at environment variables for each token.
+    envs.enable_envs_cache()
     await engine.reset_mm_cache()
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)

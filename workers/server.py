@@ -17,14 +17,13 @@ from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from cluster.arrivals import Arrivals, MessageLost
+from cluster.outgoing import WAITING_MAX, Outgoing
 from cluster.wire import worker_pb2, worker_pb2_grpc
 from workers.engine import encode_result
 
 logger = logging.getLogger(__name__)
 
 SERVICES = ("baton.v1.Worker", "baton.v1.KvInbox")
-LINK_MESSAGES_MAX = 10_000
-"""Messages a router may be behind before it is taken for dead."""
 
 
 class Engine(Protocol):
@@ -54,10 +53,7 @@ class _Link:
     """One router's stream."""
 
     client: int
-    outgoing: asyncio.Queue[worker_pb2.FromEngine | None] = field(
-        default_factory=lambda: asyncio.Queue(LINK_MESSAGES_MAX)
-    )
-    sent: int = 0
+    outgoing: Outgoing[worker_pb2.FromEngine] = field(default_factory=Outgoing)
     arrivals: Arrivals = field(default_factory=Arrivals)
     request_ids: set[str] = field(default_factory=set)
     holds: set[str] = field(default_factory=set)
@@ -104,19 +100,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     async def Engine(  # noqa: N802 - gRPC's name
         self,
-        requests: AsyncIterator[worker_pb2.ToEngine],
-        context: grpc.aio.ServicerContext[worker_pb2.ToEngine, worker_pb2.FromEngine],
-    ) -> AsyncIterator[worker_pb2.FromEngine]:
+        requests: AsyncIterator[worker_pb2.ToEngineBatch],
+        context: grpc.aio.ServicerContext[worker_pb2.ToEngineBatch, worker_pb2.FromEngineBatch],
+    ) -> AsyncIterator[worker_pb2.FromEngineBatch]:
         assert self.engine is not None, "served before the engine was ready"
         self._next_client += 1
         link = self._links[self._next_client] = _Link(self._next_client)
         self.engine.tell_kv(link.client)
         reader = asyncio.create_task(self._read(link, requests))
         try:
-            while (message := await link.outgoing.get()) is not None:
-                link.sent += 1
-                message.number = link.sent
-                yield message
+            while (batch := await link.outgoing.take()) is not None:
+                number, messages = batch
+                yield worker_pb2.FromEngineBatch(number=number, messages=messages)
         finally:
             reader.cancel()
             del self._links[link.client]
@@ -127,42 +122,47 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 self.engine.drop_transfer(transfer_id)
             await asyncio.gather(reader, return_exceptions=True)
 
-    async def _read(self, link: _Link, requests: AsyncIterator[worker_pb2.ToEngine]) -> None:
-        assert self.engine is not None
+    async def _read(self, link: _Link, requests: AsyncIterator[worker_pb2.ToEngineBatch]) -> None:
         try:
-            async for message in requests:
-                if not link.arrivals.is_new(message.number):
-                    continue
-                kind = message.WhichOneof("kind")
-                if kind == "add":
-                    link.request_ids.add(message.add.leg_id)
-                    link.holds.discard(message.add.receive.transfer_id)
-                    self.engine.add(link.client, message.add)
-                elif kind == "abort":
-                    self.engine.abort(list(message.abort.request_ids))
-                    link.request_ids.difference_update(message.abort.request_ids)
-                elif kind == "drop":
-                    link.holds.discard(message.drop.transfer_id)
-                    self.engine.drop_transfer(message.drop.transfer_id)
-                elif kind == "sender_lost":
-                    self.engine.sender_lost(message.sender_lost.transfer_id)
-                elif kind == "hold":
-                    link.holds.add(message.hold.transfer_id)
-                    self.engine.hold(message.hold)
-                elif kind == "tell_kv":
-                    self.engine.tell_kv(link.client)
-                elif kind == "move":
-                    self.engine.move_out(link.client, message.move)
-                elif kind == "utility":
-                    call = message.utility
-                    args = msgspec.msgpack.decode(call.args)
-                    self.engine.call(link.client, call.call_id, call.method, args)
+            async for batch in requests:
+                if link.arrivals.is_new(batch.number):
+                    for message in batch.messages:
+                        self._on_message(link, message)
         except (grpc.aio.BaseError, MessageLost) as error:
             logger.info("a router's stream broke: %s", error)
         except Exception:
             logger.exception("a router's message cannot be handled: closing its stream")
         finally:
-            await link.outgoing.put(None)
+            link.outgoing.close()
+
+    def _on_message(self, link: _Link, message: worker_pb2.ToEngine) -> None:
+        assert self.engine is not None
+        match message.WhichOneof("kind"):
+            case "add":
+                link.request_ids.add(message.add.leg_id)
+                link.holds.discard(message.add.receive.transfer_id)
+                self.engine.add(link.client, message.add)
+            case "abort":
+                self.engine.abort(list(message.abort.request_ids))
+                link.request_ids.difference_update(message.abort.request_ids)
+            case "drop":
+                link.holds.discard(message.drop.transfer_id)
+                self.engine.drop_transfer(message.drop.transfer_id)
+            case "sender_lost":
+                self.engine.sender_lost(message.sender_lost.transfer_id)
+            case "hold":
+                link.holds.add(message.hold.transfer_id)
+                self.engine.hold(message.hold)
+            case "tell_kv":
+                self.engine.tell_kv(link.client)
+            case "move":
+                self.engine.move_out(link.client, message.move)
+            case "taken":
+                link.outgoing.on_taken(message.taken.number, message.taken.gather)
+            case "utility":
+                call = message.utility
+                args = msgspec.msgpack.decode(call.args)
+                self.engine.call(link.client, call.call_id, call.method, args)
 
     # --- EngineListener, called on the engine's thread ----------------------------------------
 
@@ -242,11 +242,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         if link is None:
             return
         try:
-            link.outgoing.put_nowait(message)
+            link.outgoing.put(message)
         except asyncio.QueueFull:
-            logger.error("a router is %d messages behind: closing its stream", LINK_MESSAGES_MAX)
-            link.outgoing.get_nowait()
-            link.outgoing.put_nowait(None)
+            logger.error("a router is %d messages behind: closing its stream", WAITING_MAX)
+            link.outgoing.close()
 
     def _fail(self, message: str) -> None:
         for client in list(self._links):

@@ -177,6 +177,11 @@ class Life:
     """Placements so far."""
     losses: int = 0
     """Of them, those that ended with a worker: draining ones are not lost."""
+    _more: Deliver = field(init=False)
+    """Made once, for it is what becomes of most outputs."""
+
+    def __post_init__(self) -> None:
+        self._more = Deliver(self.ask.request_id, None)
 
     @property
     def done(self) -> bool:
@@ -234,7 +239,7 @@ class Life:
             waited = self.phase in (Phase.PREFILLING, Phase.HANDING_OVER)
             if waited and token_ids and not self.leg.prefills_only:
                 self.phase = Phase.DECODING
-            return [Deliver(self.ask.request_id, None)]
+            return [self._more]
         context_tokens = self.ask.prompt_tokens + len(self.tokens)
         hands_over = (
             self.leg.prefills_only

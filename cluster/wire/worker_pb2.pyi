@@ -98,9 +98,16 @@ class Fingerprint(_message.Message):
     baton_version: str
     def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., weights: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., vllm_version: _Optional[str] = ..., baton_version: _Optional[str] = ...) -> None: ...
 
-class ToEngine(_message.Message):
-    __slots__ = ("number", "add", "abort", "utility", "drop", "tell_kv", "hold", "move", "sender_lost")
+class ToEngineBatch(_message.Message):
+    __slots__ = ("number", "messages")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    messages: _containers.RepeatedCompositeFieldContainer[ToEngine]
+    def __init__(self, number: _Optional[int] = ..., messages: _Optional[_Iterable[_Union[ToEngine, _Mapping]]] = ...) -> None: ...
+
+class ToEngine(_message.Message):
+    __slots__ = ("add", "abort", "utility", "drop", "tell_kv", "hold", "move", "sender_lost", "taken")
     ADD_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     UTILITY_FIELD_NUMBER: _ClassVar[int]
@@ -109,7 +116,7 @@ class ToEngine(_message.Message):
     HOLD_FIELD_NUMBER: _ClassVar[int]
     MOVE_FIELD_NUMBER: _ClassVar[int]
     SENDER_LOST_FIELD_NUMBER: _ClassVar[int]
-    number: int
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
     add: AddRequest
     abort: AbortRequests
     utility: UtilityCall
@@ -118,7 +125,8 @@ class ToEngine(_message.Message):
     hold: HoldPrefix
     move: MoveOut
     sender_lost: SenderLost
-    def __init__(self, number: _Optional[int] = ..., add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ..., tell_kv: _Optional[_Union[TellKv, _Mapping]] = ..., hold: _Optional[_Union[HoldPrefix, _Mapping]] = ..., move: _Optional[_Union[MoveOut, _Mapping]] = ..., sender_lost: _Optional[_Union[SenderLost, _Mapping]] = ...) -> None: ...
+    taken: BatchesTaken
+    def __init__(self, add: _Optional[_Union[AddRequest, _Mapping]] = ..., abort: _Optional[_Union[AbortRequests, _Mapping]] = ..., utility: _Optional[_Union[UtilityCall, _Mapping]] = ..., drop: _Optional[_Union[DropTransfer, _Mapping]] = ..., tell_kv: _Optional[_Union[TellKv, _Mapping]] = ..., hold: _Optional[_Union[HoldPrefix, _Mapping]] = ..., move: _Optional[_Union[MoveOut, _Mapping]] = ..., sender_lost: _Optional[_Union[SenderLost, _Mapping]] = ..., taken: _Optional[_Union[BatchesTaken, _Mapping]] = ...) -> None: ...
 
 class AddRequest(_message.Message):
     __slots__ = ("leg_id", "request", "send", "receive", "resume_token_ids")
@@ -178,6 +186,14 @@ class SenderLost(_message.Message):
     transfer_id: str
     def __init__(self, transfer_id: _Optional[str] = ...) -> None: ...
 
+class BatchesTaken(_message.Message):
+    __slots__ = ("gather", "number")
+    GATHER_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    gather: bool
+    number: int
+    def __init__(self, gather: _Optional[bool] = ..., number: _Optional[int] = ...) -> None: ...
+
 class TellKv(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -208,23 +224,29 @@ class UtilityCall(_message.Message):
     args: bytes
     def __init__(self, call_id: _Optional[int] = ..., method: _Optional[str] = ..., args: _Optional[bytes] = ...) -> None: ...
 
-class FromEngine(_message.Message):
-    __slots__ = ("number", "outputs", "utility", "adopted", "failed", "kv_events", "moved")
+class FromEngineBatch(_message.Message):
+    __slots__ = ("number", "messages")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    messages: _containers.RepeatedCompositeFieldContainer[FromEngine]
+    def __init__(self, number: _Optional[int] = ..., messages: _Optional[_Iterable[_Union[FromEngine, _Mapping]]] = ...) -> None: ...
+
+class FromEngine(_message.Message):
+    __slots__ = ("outputs", "utility", "adopted", "failed", "kv_events", "moved")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     UTILITY_FIELD_NUMBER: _ClassVar[int]
     ADOPTED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
-    number: int
     outputs: StepOutputs
     utility: UtilityReply
     adopted: Adopted
     failed: EngineFailed
     kv_events: KvEvents
     moved: MovedOut
-    def __init__(self, number: _Optional[int] = ..., outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., utility: _Optional[_Union[UtilityReply, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., moved: _Optional[_Union[MovedOut, _Mapping]] = ...) -> None: ...
+    def __init__(self, outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., utility: _Optional[_Union[UtilityReply, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., moved: _Optional[_Union[MovedOut, _Mapping]] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
     __slots__ = ("outputs", "load", "kv_events")

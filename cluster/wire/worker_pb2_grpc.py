@@ -41,8 +41,8 @@ class WorkerStub:
                 _registered_method=True)
         self.Engine = channel.stream_stream(
                 '/baton.v1.Worker/Engine',
-                request_serializer=cluster_dot_wire_dot_worker__pb2.ToEngine.SerializeToString,
-                response_deserializer=cluster_dot_wire_dot_worker__pb2.FromEngine.FromString,
+                request_serializer=cluster_dot_wire_dot_worker__pb2.ToEngineBatch.SerializeToString,
+                response_deserializer=cluster_dot_wire_dot_worker__pb2.FromEngineBatch.FromString,
                 _registered_method=True)
         self.Hold = channel.unary_unary(
                 '/baton.v1.Worker/Hold',
@@ -62,8 +62,8 @@ class WorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Engine(self, request_iterator, context):
-        """One stream for each router and worker: requests, aborts and calls down, a message an engine
-        step up. When it ends, the worker aborts everything the router had running on it.
+        """One stream for each router and worker: requests, aborts and calls down, what each engine step
+        did up. When it ends, the worker aborts everything the router had running on it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,8 +86,8 @@ def add_WorkerServicer_to_server(servicer, server):
             ),
             'Engine': grpc.stream_stream_rpc_method_handler(
                     servicer.Engine,
-                    request_deserializer=cluster_dot_wire_dot_worker__pb2.ToEngine.FromString,
-                    response_serializer=cluster_dot_wire_dot_worker__pb2.FromEngine.SerializeToString,
+                    request_deserializer=cluster_dot_wire_dot_worker__pb2.ToEngineBatch.FromString,
+                    response_serializer=cluster_dot_wire_dot_worker__pb2.FromEngineBatch.SerializeToString,
             ),
             'Hold': grpc.unary_unary_rpc_method_handler(
                     servicer.Hold,
@@ -147,8 +147,8 @@ class Worker:
             request_iterator,
             target,
             '/baton.v1.Worker/Engine',
-            cluster_dot_wire_dot_worker__pb2.ToEngine.SerializeToString,
-            cluster_dot_wire_dot_worker__pb2.FromEngine.FromString,
+            cluster_dot_wire_dot_worker__pb2.ToEngineBatch.SerializeToString,
+            cluster_dot_wire_dot_worker__pb2.FromEngineBatch.FromString,
             options,
             channel_credentials,
             insecure,

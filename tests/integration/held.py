@@ -8,6 +8,7 @@ import queue
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -211,14 +212,16 @@ class OtherRouter(Talk):
     def __init__(self, channel: grpc.Channel) -> None:
         super().__init__(worker_pb2_grpc.WorkerStub(channel).Engine)  # type: ignore[no-untyped-call]
         self._number = 0
+        self._heard: deque[worker_pb2.FromEngine] = deque()
 
     def send(self, message: worker_pb2.ToEngine) -> None:
         self._number += 1
-        message.number = self._number
-        super().send(message)
+        super().send(worker_pb2.ToEngineBatch(number=self._number, messages=[message]))
 
     def hears(self, kind: str) -> worker_pb2.FromEngine:
         """The next message of this kind."""
-        while (message := self.heard()).WhichOneof("kind") != kind:
-            pass
-        return message
+        while True:
+            while self._heard:
+                if (message := self._heard.popleft()).WhichOneof("kind") == kind:
+                    return message
+            self._heard.extend(self.heard().messages)

@@ -3,7 +3,7 @@
 The files that touch vLLM's internals: workers/engine.py, workers/vllm_config.py,
 workers/vllm_resume.py, workers/kv_events.py, workers/kv/connector.py, workers/kv/ranks.py,
 workers/kv/layout.py, workers/vllm_names.py, router/cluster_core.py, router/adapters.py,
-router/server.py, cluster/vllm_args.py, cluster/vllm_blocks.py.
+router/server.py, router/together.py, cluster/vllm_args.py, cluster/vllm_blocks.py.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from cluster import vllm_names
 from cluster.config import BUNDLED_MODEL
 from cluster.vllm_blocks import BlockHasher, engine_probe
 from cluster.wire import kv_pb2
+from router import together
 from workers.kv.layout import paged_layer
 from workers.kv.ranks import Part, part_of
 from workers.kv.service import fingerprint_mismatch
@@ -158,6 +159,11 @@ def test_structs_have_the_fields_we_set() -> None:
     )
     assert {"request_id", "new_token_ids", "finish_reason", "events"} <= fields(EngineCoreOutput)
     assert {"outputs", "scheduler_stats", "timestamp"} <= fields(EngineCoreOutputs)
+    known = set(re.findall(r"\boutput\.(\w+)", inspect.getsource(together)))
+    assert fields(EngineCoreOutput) == known, (
+        "router/together.py puts outputs together that have tokens and nothing else: it does not "
+        "look at a new field, which would be lost"
+    )
 
 
 def test_finish_reasons_are_all_known() -> None:
