@@ -33,6 +33,11 @@ class Outgoing(Generic[Message]):
         """Batches, as is `_taken`."""
         self._taken = 0
 
+    @property
+    def waiting(self) -> int:
+        """Messages."""
+        return len(self._messages)
+
     def put(self, message: Message) -> None:
         """
         Raises:

@@ -25,7 +25,7 @@ def held_by(app: FastAPI) -> dict[str, int]:
         "queued": scheduler.queued,
         "load": sum(sum(map(abs, load)) for load in scheduler.own_load().values()),
         "calls": sum(len(worker.calls) for worker in core.workers.values()),
-        "unsent": sum(worker.link._outgoing.qsize() for worker in core.workers.values()),
+        "unsent": sum(worker.link._outgoing.waiting for worker in core.workers.values()),
         "tasks": len(asyncio.all_tasks()),
     }
 

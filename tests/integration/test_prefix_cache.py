@@ -118,7 +118,7 @@ def test_events_that_are_missing_are_noticed_and_asked_for() -> None:
 
     def tell(sequence: int, stored: list[int], reset: bool = False) -> None:
         events = worker_pb2.KvEvents(sequence=sequence, reset=reset, stored=stored)
-        core._on_message(worker, worker_pb2.FromEngine(kv_events=events))
+        core._on_messages(worker, [worker_pb2.FromEngine(kv_events=events)])
 
     def held(block: int) -> bool:
         return bool(scheduler.prefixes.held_tokens(OneBlock(block)))

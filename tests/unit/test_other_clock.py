@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +28,7 @@ def test_steps_that_came_together_ended_one_after_the_other() -> None:
     assert round(clock.here_s(100.0, 5.001), 6) == 5.001
     # The next three are told late and at once.
     told = [clock.here_s(100.0 + 0.02 * step, 5.3) for step in (1, 2, 3)]
-    gaps = [round(later - before, 4) for before, later in zip(told, told[1:], strict=False)]
+    gaps = [round(later - before, 4) for before, later in itertools.pairwise(told)]
     assert gaps == [0.02, 0.02]
     assert abs(told[0] - 5.021) <= DRIFT
 

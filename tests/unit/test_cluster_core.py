@@ -1,0 +1,138 @@
+"""What becomes of workers' messages: a batch's steps, on their way to vLLM's front end."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from cluster.scheduler.policies import PolicyOptions, make_policy
+from cluster.scheduler.scheduler import Scheduler
+from cluster.scheduler.view import Pool, WorkerKey, WorkerView
+from cluster.wire import worker_pb2
+from router.cluster_core import ClusterCore
+from router.every_worker import ConnectedWorker
+from router.metrics import RouterMetrics
+
+KEY = WorkerKey("decode-0", "i1")
+
+
+class Link:
+    """Keeps the requests that the router sends."""
+
+    def __init__(self) -> None:
+        self.requests: list[EngineCoreRequest] = []
+
+    def send(self, message: worker_pb2.ToEngine) -> None:
+        assert message.HasField("add")
+        decoder = MsgpackDecoder(EngineCoreRequest)
+        self.requests.append(decoder.decode(list(message.add.request)))
+
+
+class Router:
+    """With one worker."""
+
+    def __init__(self) -> None:
+        self.now_s = 50.0
+        cache = SimpleNamespace(enable_prefix_caching=False)
+        self.core = ClusterCore(
+            cast(Any, SimpleNamespace(cache_config=cache)),
+            Scheduler(make_policy("splitwise", PolicyOptions()), new_id=lambda: "x"),
+            RouterMetrics(CollectorRegistry()),
+            1.0,
+            clock=lambda: self.now_s,
+        )
+        self.link = Link()
+        description = worker_pb2.WorkerDescription()
+        self.worker = ConnectedWorker(KEY, cast(Any, self.link), description)
+        self.core.workers[KEY] = self.worker
+        self.core.scheduler.on_worker_up(WorkerView(KEY, Pool.DECODE, "m", 1000, 1000))
+
+    async def leg_of(self, request_id: str, **params: Any) -> str:
+        sampling = SamplingParams(max_tokens=20, **params)
+        await self.core.add_request_async(
+            EngineCoreRequest(
+                request_id=request_id,
+                prompt_token_ids=[5, 6, 7],
+                mm_features=None,
+                sampling_params=sampling,
+                pooling_params=None,
+                arrival_time=0.0,
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+            )
+        )
+        return self.link.requests[-1].request_id
+
+    def hears(self, *steps: EngineCoreOutputs) -> None:
+        """In one batch."""
+        encode = MsgpackEncoder().encode
+        told = [worker_pb2.StepOutputs(outputs=map(bytes, encode(step))) for step in steps]
+        self.core._on_messages(self.worker, [worker_pb2.FromEngine(outputs=s) for s in told])
+
+    async def passes_on(self) -> list[EngineCoreOutputs]:
+        passed = []
+        while self.core._outputs.qsize():
+            passed.append(await self.core.get_output_async())
+        return passed
+
+
+def step(at_s: float, *outputs: EngineCoreOutput) -> EngineCoreOutputs:
+    return EngineCoreOutputs(outputs=list(outputs), timestamp=at_s)
+
+
+def texts(passed: list[EngineCoreOutputs]) -> list[tuple[str, list[int], FinishReason | None]]:
+    return [
+        (output.request_id, output.new_token_ids, output.finish_reason)
+        for outputs in passed
+        for output in outputs.outputs
+    ]
+
+
+async def test_a_batchs_tokens_of_a_request_are_passed_on_together() -> None:
+    router = Router()
+    a, b = await router.leg_of("a"), await router.leg_of("b")
+    end = FinishReason.LENGTH
+    router.hears(
+        step(1.0, EngineCoreOutput(a, [1]), EngineCoreOutput(b, [7])),
+        step(1.1, EngineCoreOutput(a, [2])),
+        step(1.2, EngineCoreOutput(a, [3], finish_reason=end), EngineCoreOutput(b, [8])),
+    )
+    assert texts(await router.passes_on()) == [("a", [1, 2, 3], end), ("b", [7, 8], None)]
+    assert list(router.core.scheduler.lives) == ["b"]
+    router.hears(step(1.3, EngineCoreOutput(b, [9], finish_reason=end)))
+    assert texts(await router.passes_on()) == [("b", [9], end)]
+    assert not router.core.scheduler.lives
+
+
+async def test_where_text_may_end_it_each_step_is_looked_at_by_itself() -> None:
+    router = Router()
+    leg = await router.leg_of("a", stop=["x"])
+    router.hears(*(step(1.0 + n, EngineCoreOutput(leg, [n])) for n in range(3)))
+    assert texts(await router.passes_on()) == [("a", [n], None) for n in range(3)]
+
+
+async def test_steps_of_a_batch_ended_one_after_the_other() -> None:
+    router = Router()
+    leg = await router.leg_of("a", stop=["x"])
+    router.hears(step(1.0, EngineCoreOutput(leg, [1])))
+    router.now_s += 1.0
+    router.hears(*(step(1.0 + 0.1 * n, EngineCoreOutput(leg, [n])) for n in range(1, 4)))
+    passed = [outputs.timestamp for outputs in await router.passes_on()]
+    assert passed == pytest.approx([50.0, 50.1, 50.2, 50.3], abs=0.001)
+
+
+async def test_a_lost_workers_leg_is_not_passed_on() -> None:
+    router = Router()
+    leg = await router.leg_of("a")
+    router.hears(step(1.0, EngineCoreOutput(leg, [1])))
+    await router.passes_on()
+    router.core.remove(KEY)
+    router.hears(step(1.1, EngineCoreOutput(leg, [2])), step(1.2, EngineCoreOutput(leg, [3])))
+    assert texts(await router.passes_on()) == []
