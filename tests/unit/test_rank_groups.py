@@ -76,14 +76,18 @@ def result(rank: Rank) -> tuple[bool, str]:
     return sent.delivered, sent.reason
 
 
-def wait_for_part(receiver: GroupReceiver, rank: Rank) -> None:
-    """All of it has come."""
+def first_has_sent(receiver: GroupReceiver, ranks: list[Rank]) -> Transfer:
+    """All of the first rank's part has come. Returns the second one's transfer."""
+    first, second = (rank.open(receiver.port) for rank in ranks)
+    ranks[0].push(first)
+    first.finish()
     until_s = time.monotonic() + WAIT_S
     while not (
-        (transfer := receiver.inbox._transfers.get("t")) and transfer.part_has_come(rank.heads)
+        (coming := receiver.inbox._transfers.get("t")) and coming.part_has_come(ranks[0].heads)
     ):
         assert time.monotonic() < until_s
         time.sleep(0.01)
+    return second
 
 
 def assert_whole(receiver: GroupReceiver) -> None:
@@ -98,16 +102,13 @@ def test_a_rank_that_is_done_leaves_the_others_their_time(
     receiver: GroupReceiver, ranks: list[Rank], way: Way
 ) -> None:
     claim = receiver.claim()
-    first, second = ranks
-    transfers = [rank.open(receiver.port) for rank in ranks]
-    first.push(transfers[0])
-    transfers[0].finish()
-    wait_for_part(receiver, first)
+    second = ranks[1]
+    transfer = first_has_sent(receiver, ranks)
     # The end of its frames is behind them.
     time.sleep(0.1)
     assert claim.empty()
-    second.push(transfers[1])
-    transfers[1].finish()
+    second.push(transfer)
+    transfer.finish()
     assert [result(rank) for rank in ranks] == [(True, "")] * 2
     settled = claim.get(timeout=WAIT_S)
     assert (settled.whole, settled.transport) == (True, way.transport)
@@ -119,14 +120,11 @@ def test_a_group_that_breaks_behind_its_part_takes_nothing_with_it(
 ) -> None:
     claim = receiver.claim()
     first, second = ranks
-    transfers = [rank.open(receiver.port) for rank in ranks]
-    first.push(transfers[0])
-    transfers[0].finish()
-    wait_for_part(receiver, first)
+    transfer = first_has_sent(receiver, ranks)
     for group in first.sender.peer(send_kv(receiver.port))._groups.values():
         group.close("broken by the test")
-    second.push(transfers[1])
-    transfers[1].finish()
+    second.push(transfer)
+    transfer.finish()
     assert claim.get(timeout=WAIT_S).whole
     assert_whole(receiver)
 
@@ -135,13 +133,10 @@ def test_one_part_that_is_not_whole_fails_the_transfer(
     receiver: GroupReceiver, ranks: list[Rank], way: Way
 ) -> None:
     claim = receiver.claim()
-    first, second = ranks
-    transfers = [rank.open(receiver.port) for rank in ranks]
-    first.push(transfers[0])
-    transfers[0].finish()
-    wait_for_part(receiver, first)
-    second.push(transfers[1], LAYERS[:-1])
-    transfers[1].finish()
+    second = ranks[1]
+    transfer = first_has_sent(receiver, ranks)
+    second.push(transfer, LAYERS[:-1])
+    transfer.finish()
     settled = claim.get(timeout=WAIT_S)
     assert not settled.whole
     assert "ended before the KV was whole" in settled.reason
