@@ -115,7 +115,7 @@ class PairPolicy(ABC):
         if not decodes:
             reason = "one token only" if ask.can_hand_over else "nothing to hand over"
             return _stay(prefill, reason, lends_prefill=prefill.lends)
-        peers = pools.of_model(prefill.worker.model)
+        peers = pools if view.one_model else pools.of_model(prefill.worker.model)
         decode = self.pick_decode(ask, peers, prefill)
         assert decode is not None, "a prefill worker can decode, too"
         reason = prefill.reason or decode.reason or self.reason
@@ -156,5 +156,7 @@ def shortest(workers: list[WorkerView], queues: Sequence[Queue]) -> WorkerView |
             break
         lengths = [*map(queue, workers)]
         least = min(lengths)
+        if lengths.count(least) == 1:
+            return workers[lengths.index(least)]
         workers = [w for w, length in zip(workers, lengths, strict=True) if length == least]
     return min(workers, key=attrgetter("key"), default=None)

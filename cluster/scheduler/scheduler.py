@@ -151,6 +151,7 @@ class Scheduler:
     def on_worker_up(self, worker: WorkerView) -> list[Action]:
         worker.rates = self._rates.of_one()
         self.view.workers[worker.key] = worker
+        self.view.note_models()
         worker.count_others(self._others.get(worker.key, NOTHING))
         if worker.block_tokens:
             self.prefixes.add(worker.key, worker.block_tokens)
@@ -159,6 +160,7 @@ class Scheduler:
     def on_worker_lost(self, key: WorkerKey, now_s: float) -> list[Action]:
         self._now_s = now_s
         self.view.workers.pop(key, None)
+        self.view.note_models()
         self.prefixes.remove(key)
         actions: list[Action] = []
         for life in list(self.lives.values()):

@@ -167,6 +167,12 @@ class ClusterView:
     workers: dict[WorkerKey, WorkerView] = field(default_factory=dict)
     requests_max: int = 0
     """That a worker prefills, and that it decodes, at a time; 0: no bound."""
+    one_model: bool = False
+    """All workers are known to be of one, so that placements need not compare them."""
+
+    def note_models(self) -> None:
+        """To be called when workers have come or gone."""
+        self.one_model = len({worker.model for worker in self.workers.values()}) == 1
 
     def is_full(self, worker: WorkerView) -> bool:
         most = self.requests_max

@@ -80,6 +80,23 @@ def test_a_request_from_arrival_to_end() -> None:
     assert_idle(scheduler)
 
 
+def test_workers_of_another_model_may_come_and_go() -> None:
+    scheduler, foreign = pair(), WorkerKey("decode-9", "1")
+
+    def decodes_on(number: int) -> WorkerKey:
+        (started,) = scheduler.on_arrival(replace(ASK, request_id=f"r{number}"), 0.0)
+        assert isinstance(started, StartPrefill)
+        return started.receiver
+
+    assert decodes_on(1) == D
+    # With nothing to do, it has the shortest queue.
+    scheduler.on_worker_up(WorkerView(foreign, Pool.DECODE, "n", 1000, kv_tokens=10_000))
+    assert decodes_on(2) == D
+    scheduler.on_worker_lost(foreign, 0.0)
+    add(scheduler, foreign, Pool.DECODE)
+    assert decodes_on(3) == foreign
+
+
 def test_local_work_is_prompt_load_until_its_first_token() -> None:
     scheduler = empty()
     add(scheduler, D, Pool.DECODE)
