@@ -73,7 +73,8 @@ class WorkerLink:
             async for batch in self._stub.Engine(self._requests()):
                 if not arrivals.is_new(batch.number):
                     continue
-                if failed := self._on_batch(batch):
+                failed = self._on_batch(batch)
+                if failed is not None:
                     reason = f"its engine failed: {failed}"
                     break
         except asyncio.CancelledError:
@@ -90,14 +91,13 @@ class WorkerLink:
         if self._reader is not None:
             self._on_lost(reason)
 
-    def _on_batch(self, batch: worker_pb2.FromEngineBatch) -> str:
+    def _on_batch(self, batch: worker_pb2.FromEngineBatch) -> str | None:
         """Why its engine failed, if it did."""
         self._on_messages(batch.messages)
-        # The last thing that it says.
-        if batch.messages[-1].HasField("failed"):
-            return str(batch.messages[-1].failed.message)
         self._keeping_up.on_batch(batch.number)
-        return ""
+        # Not always the last thing said: replies to calls may have been under way.
+        failures = (m.failed.message for m in batch.messages if m.HasField("failed"))
+        return next(failures, None)
 
     def _tell_taken(self, number: int, gather: bool) -> None:
         taken = worker_pb2.BatchesTaken(number=number, gather=gather)

@@ -9,11 +9,12 @@ import pytest
 from tests.integration import test_no_leak
 from tests.integration.conftest import gated_cluster
 from tests.integration.held import Held, Watch
-from tests.integration.test_no_leak import idle, starts_idle, stream, watch  # noqa: F401
 from tests.processes import Cluster, metrics
 from tests.unit.test_groups import needs_nixl
 
 WAYS = [pytest.param("collective"), pytest.param("nixl", marks=needs_nixl)]
+watch, idle, stream = test_no_leak.watch, test_no_leak.idle, test_no_leak.stream
+starts_idle = test_no_leak.starts_idle
 test_between_two_chunks_of_the_prefill = test_no_leak.test_between_two_chunks_of_the_prefill
 test_within_a_step_of_the_prefill = test_no_leak.test_within_a_step_of_the_prefill
 test_during_the_transfer = test_no_leak.test_during_the_transfer
@@ -34,11 +35,7 @@ def gated(
         yield running
 
 
-def test_it_was_the_other_way(
-    request: pytest.FixtureRequest,
-    watch: Watch,  # noqa: F811
-    idle: Held,  # noqa: F811
-) -> None:
+def test_it_was_the_other_way(request: pytest.FixtureRequest, watch: Watch, idle: Held) -> None:
     """After all of this, too: a group outlives what goes wrong with its transfers."""
     way = request.node.callspec.params["gated"]
     told = metrics(watch.cluster.url)
