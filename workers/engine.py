@@ -36,7 +36,7 @@ from workers.kv.frames import digest_tokens
 from workers.kv.incoming import Settled
 from workers.kv_events import KvEventCollector
 from workers.vllm_held import HeldPrefixes
-from workers.vllm_resume import RESUME, RESUME_VOCAB
+from workers.vllm_resume import resume_after
 
 logger = logging.getLogger(__name__)
 
@@ -369,11 +369,9 @@ class EngineHost:
     ) -> None:
         """Give a request to vLLM's scheduler, as one that goes on after `resume_token_ids`."""
         resumed = list(add.resume_token_ids)
-        if resumed and core_request.sampling_params is not None:
-            params = core_request.sampling_params
-            vocabulary = self._config.model_config.get_vocab_size()
-            resume = {RESUME: resumed, RESUME_VOCAB: vocabulary}
-            params.extra_args = {**(params.extra_args or {}), **resume}
+        if core_request.sampling_params is not None:
+            vocab_size = self._config.model_config.get_vocab_size()
+            resume_after(core_request.sampling_params, resumed, vocab_size)
         try:
             request, _ = self.core.preprocess_add_request(core_request)
         except Exception:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from vllm.sampling_params import SamplingParams
 from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
@@ -22,6 +23,17 @@ RESUME = "baton_resume"
 
 RESUME_VOCAB = "baton_resume_vocab"
 """Key of SamplingParams.extra_args: entries of the vocabulary, for seeded requests."""
+
+
+def resume_after(params: SamplingParams, tokens: Sequence[int], vocab_size: int) -> None:
+    """Let the request go on after these tokens, and after no others: among its extra_args is what
+    the client gave as `vllm_xargs`."""
+    extra = dict(params.extra_args or {})
+    extra.pop(RESUME, None)
+    extra.pop(RESUME_VOCAB, None)
+    if tokens:
+        extra |= {RESUME: list(tokens), RESUME_VOCAB: vocab_size}
+    params.extra_args = extra or None
 
 
 class ResumableRequestState(CachedRequestState):  # type: ignore[misc]

@@ -111,6 +111,11 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
     "ignore eos": {"max_tokens": 50, "ignore_eos": True},
     "one token": {"max_tokens": 1},
     "two tokens": {"max_tokens": 2},
+    "keys of Baton's own": {
+        "max_tokens": 12,
+        "vllm_xargs": {"baton_resume": ["x"], "baton_resume_vocab": "x", "another": 1},
+        "kv_transfer_params": {"baton_send": "x", "baton_receive": "x"},
+    },
     "echo": {"max_tokens": 5, "echo": True},
     "prompt logprobs": {"max_tokens": 5, "prompt_logprobs": 2},
     "token ids": {"max_tokens": 12, "return_token_ids": True},
