@@ -38,6 +38,7 @@ from cluster.node_placement import (
     PlacementRequest,
     WorkerNeeds,
     WorkerPlacement,
+    fitting,
     place,
 )
 from cluster.ray_calls import NAMESPACE, awaited
@@ -55,6 +56,8 @@ STOP_DEADLINE_S = 15.0
 ROLL_DEADLINE_S = 30.0
 """For the requests of a worker that makes way for one with newer settings."""
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 1.0, 60.0
+ROOM_EVERY_S = 1.0
+"""How often room is looked for where there was none."""
 HEALTHY_AFTER_S = 60.0
 """A worker that served this long, and was not stuck meanwhile, starts over with the first
 back-off."""
@@ -108,6 +111,8 @@ class _Slot:
     lapsed: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     retry_at_s: float = 0.0
     failure: str = ""
+    unplaced: str = ""
+    """Why it waits for room while others run."""
     placement: WorkerPlacement | None = None
 
 
@@ -180,8 +185,11 @@ class Controller:
         self._ready = {i for i, record in records.items() if record.state is WorkerState.READY}
         for slot in self._slots.values():
             if slot.task is None:
-                if slot.failure not in ("", DRAINED):
-                    # It waits out its back-off: a record holds for one lease only.
+                # A record holds for one lease only.
+                if slot.unplaced:
+                    await self._record(slot, WorkerState.PLACING, slot.unplaced)
+                elif slot.failure not in ("", DRAINED):
+                    # It waits out its back-off.
                     await self._record(slot, WorkerState.FAILED, slot.failure)
             elif slot.incarnation in records:
                 slot.seen_at_s = now
@@ -217,7 +225,8 @@ class Controller:
             slot.drain_asked = True
 
     async def _start(self, slots: list[_Slot]) -> None:
-        """Choose nodes for these workers together, and start them there."""
+        """Choose nodes for these workers together, and start them there. Where some run, as many as
+        there is room for: the others wait."""
         pools = Counter(slot.pool for slot in slots)
         request = PlacementRequest(
             prefill_workers=pools[Pool.PREFILL],
@@ -229,14 +238,14 @@ class Controller:
             decode_accelerator=self._settings.decode_accelerator,
         )
         nodes, addresses = live_nodes()
+        some_ran = any(slot.incarnation for slot in self._slots.values())
+        shortage = ""
         try:
             placements = place(nodes, request)
         except NotEnoughCapacity as error:
-            self._problem = str(error)
-            for slot in slots:
-                slot.retry_at_s = time.monotonic() + BACKOFF_FIRST_S
-            return
-        self._problem = ""
+            shortage = str(error)
+            placements = place(nodes, fitting(nodes, request)) if some_ran else []
+        self._problem = shortage
         for placement in placements:
             slot = next(s for s in slots if s.pool == placement.role and s.task is None)
             slot.placement = placement
@@ -245,8 +254,14 @@ class Controller:
             slot.incarnation = uuid.uuid4().hex[:12]
             slot.started_unix_s = time.time()
             slot.settings, slot.drain_asked, slot.ready_at_s = self._settings, False, 0.0
+            slot.unplaced = ""
             slot.lapsed.clear()
             slot.task = asyncio.create_task(self._live(slot), name=slot.worker_id)
+        for slot in (slot for slot in slots if slot.task is None):
+            slot.retry_at_s = time.monotonic() + ROOM_EVERY_S
+            if some_ran and not slot.unplaced:
+                logger.warning("%s waits for room: %s", slot.worker_id, shortage)
+            slot.unplaced = shortage if some_ran else ""
 
     def _needs(self, pool: Pool) -> WorkerNeeds:
         """On CPU each rank computes on cores of its own."""
@@ -274,7 +289,7 @@ class Controller:
         served_s = time.monotonic() - slot.ready_at_s if slot.ready_at_s else 0.0
         if served_s > HEALTHY_AFTER_S + self._settings.stuck_after_s:
             slot.starts = 1
-        backoff_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (slot.starts - 1))
+        backoff_s = backoff_after(slot.starts)
         logger.error("%s ended, next try in %g s: %s", slot.worker_id, backoff_s, slot.failure)
         slot.retry_at_s = time.monotonic() + backoff_s
         self._problem = f"{slot.worker_id} ended: {slot.failure}"
@@ -377,10 +392,11 @@ class Controller:
 
     async def _record(self, slot: _Slot, state: WorkerState, detail: str = "") -> None:
         """The states that the worker itself cannot write: it does not run yet, or no longer."""
-        placement = slot.placement
+        placement = None if slot.unplaced else slot.placement
         record = WorkerRecord(
             worker_id=slot.worker_id,
-            incarnation=slot.incarnation,
+            # Whoever waits for the former start's end is not to take this for it.
+            incarnation="" if slot.unplaced else slot.incarnation,
             started_unix_s=slot.started_unix_s,
             pool=slot.pool,
             state=state,
@@ -462,6 +478,11 @@ def model_shape(model: str) -> ModelShape:
 
         file = Path(hf_hub_download(model, "config.json"))
     return ModelShape.from_hf_config(json.loads(file.read_text()))
+
+
+def backoff_after(starts: int) -> float:
+    """Seconds until a worker that so many starts in a row have failed is started again."""
+    return min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0 ** min(starts - 1, 10))
 
 
 def _import(path: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from cluster.accelerators import CPU, Accelerator, Catalogue
@@ -148,6 +148,20 @@ def place(
             reason = _reason(role, kind, kinds, splits, request)
             placements.append(WorkerPlacement(role, node.id, node.accelerator, reason))
     return sorted(placements, key=lambda one: (one.role == "decode", one.node_id))
+
+
+def fitting(
+    nodes: Iterable[Node], request: PlacementRequest, catalogue: Catalogue | None = None
+) -> PlacementRequest:
+    """As many of the workers as fit together; of equally many, as many of one role as of the
+    other."""
+    ordered = sorted(nodes, key=lambda node: node.id)
+    kinds = _kinds(ordered, request, catalogue or Catalogue.load())
+    room = _join_all((_frontier(kind, request) for kind in kinds), request)
+    prefill = max(
+        range(len(room)), key=lambda count: (count + room[count], min(count, room[count]))
+    )
+    return replace(request, prefill_workers=prefill, decode_workers=room[prefill])
 
 
 def _kinds(nodes: Sequence[Node], request: PlacementRequest, catalogue: Catalogue) -> list[_Kind]:

@@ -10,8 +10,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.controller import Controller, ControllerSettings, _Slot
-from cluster.membership import DRAINED, DrainRequest, Membership, WorkerRecord, WorkerState
+from cluster import controller
+from cluster.config import BUNDLED_MODEL
+from cluster.controller import (
+    BACKOFF_MAX_S,
+    Controller,
+    ControllerSettings,
+    _Slot,
+    backoff_after,
+)
+from cluster.membership import (
+    DRAINED,
+    DesiredPools,
+    DrainRequest,
+    Membership,
+    WorkerRecord,
+    WorkerState,
+)
+from cluster.node_placement import Node
 from cluster.scheduler.view import Pool
 from workers.actor import shares_of_cores
 
@@ -21,7 +37,7 @@ SETTINGS = ControllerSettings(
     lease_s=2.4,
     stuck_after_s=30,
     preemption_notice_s=25,
-    model_path="m",
+    model_path=str(BUNDLED_MODEL),
     vllm_args={"prefill": [], "decode": []},
     tensor_parallel={"prefill": 1, "decode": 1},
     handoff={},
@@ -201,3 +217,84 @@ def test_newer_settings_replace_workers_one_by_one() -> None:
         assert kept.members.drains == ["prefill-0", "decode-0"]
 
     asyncio.run(play())
+
+
+class Placing(Kept):
+    """It starts workers on nodes that the test says are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._desired = DesiredPools(1, 1)
+
+    async def _live(self, slot: _Slot) -> None:
+        self.tell(slot, WorkerState.READY)
+        await asyncio.sleep(3600)
+
+    def lose(self, *worker_ids: str) -> None:
+        for worker_id in worker_ids:
+            slot, _ = self._slots[worker_id], self.members.records.pop(worker_id)
+            slot.task, slot.failure, slot.retry_at_s = None, "its node is gone", 0.0
+
+    def running(self) -> list[str]:
+        return [worker_id for worker_id, slot in self._slots.items() if slot.task is not None]
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
+    """Nodes with what they have free."""
+    nodes: list[Node] = []
+    monkeypatch.setattr(
+        controller, "live_nodes", lambda: (nodes, dict.fromkeys([n.id for n in nodes], "10.0.0.1"))
+    )
+    return nodes
+
+
+def test_one_without_room_keeps_nobody_else_down(free: list[Node], later: list[float]) -> None:
+    async def play() -> None:
+        placing = Placing()
+        placing.lose("prefill-0", "decode-0")
+        free.append(Node("a", None, 0, 1, 1 << 40))
+        await placing._reconcile()
+        (back,) = placing.running()
+        (waits,) = {"prefill-0", "decode-0"} - {back}
+        # It can be seen to wait, and is not taken for its former start.
+        await placing._look()
+        record = placing.members.records[waits]
+        assert (record.state, record.incarnation) == (WorkerState.PLACING, "")
+        assert "there is room for at most" in record.detail
+        assert await placing.problem() == record.detail
+        free[0] = dataclasses.replace(free[0], cpus_free=0)
+        later[0] += 1
+        await placing._reconcile()
+        assert placing.running() == [back]
+        free[0] = dataclasses.replace(free[0], cpus_free=1)
+        later[0] += 1
+        await placing._reconcile()
+        assert sorted(placing.running()) == ["decode-0", "prefill-0"]
+        assert placing.members.records[waits].state is not WorkerState.FAILED
+        assert await placing.problem() == ""
+
+    asyncio.run(play())
+
+
+def test_a_cluster_starts_whole_or_not_at_all(free: list[Node], later: list[float]) -> None:
+    async def play() -> None:
+        placing = Placing()
+        placing._slots.clear()
+        placing.members.records.clear()
+        free.append(Node("a", None, 0, 1, 1 << 40))
+        await placing._reconcile()
+        await placing._look()
+        assert placing.running() == [] and placing.members.records == {}
+        assert "Asked for 1 prefill workers" in await placing.problem()
+        free.append(Node("b", None, 0, 1, 1 << 40))
+        later[0] += 1
+        await placing._reconcile()
+        assert placing.running() == ["prefill-0", "decode-0"]
+
+    asyncio.run(play())
+
+
+def test_the_back_off_grows_up_to_its_bound() -> None:
+    assert [backoff_after(starts) for starts in (1, 2, 3)] == [1, 2, 4]
+    assert backoff_after(10) == backoff_after(100_000) == BACKOFF_MAX_S

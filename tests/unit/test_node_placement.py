@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -20,6 +21,7 @@ from cluster.node_placement import (
     Role,
     WorkerNeeds,
     WorkerPlacement,
+    fitting,
     place,
 )
 from cluster.roofline import ModelShape, Workload, rank
@@ -312,6 +314,19 @@ def test_every_placement_holds(
         assert accelerators <= one.accelerators_free + 1e-6
         assert cpus <= one.cpus_free + 1e-6
         assert memory <= one.memory_bytes_free
+
+
+@settings(max_examples=300, deadline=None)
+@given(clusters(), requests)
+def test_what_fits_is_placed_and_no_more_does(nodes: list[Node], wanted: PlacementRequest) -> None:
+    most = fitting(nodes, wanted, CATALOGUE)
+    prefill, decode = most.prefill_workers, most.decode_workers
+    assert prefill <= wanted.prefill_workers and decode <= wanted.decode_workers
+    assert len(place(nodes, most, CATALOGUE)) == prefill + decode
+    for p, d in product(range(wanted.prefill_workers + 1), range(wanted.decode_workers + 1)):
+        if p + d > prefill + decode:
+            more = replace(wanted, prefill_workers=p, decode_workers=d)
+            assert attempt(nodes, more) is None
 
 
 def rate(one: Node, role: Role, wanted: PlacementRequest) -> float:
