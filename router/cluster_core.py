@@ -41,14 +41,12 @@ from cluster.scheduler.life import (
     StartPrefill,
     StopAwaiting,
 )
-from cluster.scheduler.policy import Ask
-from cluster.scheduler.prefixes import PromptBlocks
 from cluster.scheduler.scheduler import Scheduler
-from cluster.scheduler.slo import NO_PROMISE, SloClass
 from cluster.scheduler.view import WorkerKey, WorkerView
 from cluster.vllm_blocks import BlockHasher
 from cluster.wire import worker_pb2
-from router.every_worker import ConnectedWorker, EveryWorker, adapter_key, with_lasting_id
+from router.asking import ask_of
+from router.every_worker import ConnectedWorker, EveryWorker, with_lasting_id
 from router.link import WorkerLink
 from router.metrics import RouterMetrics
 from router.placing import PLACING, Placing
@@ -118,7 +116,8 @@ class ClusterCore(EveryWorker):
         if placing is not None:
             self._placings[request.request_id] = placing
         policy = placing.policy if placing else None
-        ask = self._ask(request, placing)
+        blocks = self._hasher.blocks_of(request) if self._hasher else None
+        ask = ask_of(request, placing, blocks)
         self._carry_out(self.scheduler.on_arrival(ask, self._clock(), policy))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
@@ -450,15 +449,6 @@ class ClusterCore(EveryWorker):
             return 0
         return description.block_size_tokens
 
-    def _ask(self, request: EngineCoreRequest, placing: Placing | None) -> Ask:
-        blocks = self._hasher.blocks_of(request) if self._hasher else None
-        if placing is None:
-            return ask_of(request, blocks)
-        # One of several prompts or choices is not refused when others have been taken.
-        slo = placing.slo.without_targets() if placing.taken else placing.slo
-        placing.taken = True
-        return ask_of(request, blocks, slo, placing.tenant)
-
     def _cluster_stats(self, latest: SchedulerStats) -> SchedulerStats:
         """The front end shows one engine: gauges are summed over workers, counters are the
         reporting worker's, which says everything once."""
@@ -483,31 +473,3 @@ class ClusterCore(EveryWorker):
         model.max_model_len = min(model.max_model_len, description.max_model_len_tokens)
         cache.block_size = description.block_size_tokens
         cache.num_gpu_blocks = sum(w.description.kv_blocks for w in self.workers.values())
-
-
-def ask_of(
-    request: EngineCoreRequest,
-    blocks: PromptBlocks | None = None,
-    slo: SloClass = NO_PROMISE,
-    tenant: str = "",
-) -> Ask:
-    params = request.sampling_params
-    return Ask(
-        request_id=request.request_id,
-        prompt_tokens=len(request.prompt_token_ids or ()) or _embeds_length(request),
-        max_tokens=1 if params is None else params.max_tokens,
-        can_hand_over=(
-            params is not None
-            and params.prompt_logprobs is None
-            and request.prompt_embeds is None
-            and not request.mm_features
-        ),
-        adapter=adapter_key(request.lora_request) if request.lora_request else "",
-        slo=slo,
-        tenant=tenant,
-        blocks=blocks,
-    )
-
-
-def _embeds_length(request: EngineCoreRequest) -> int:
-    return 0 if request.prompt_embeds is None else int(request.prompt_embeds.shape[0])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.config import HandoffConfig
 from cluster.wire import kv_pb2
-from tests.unit.test_inbox import HERE, TOKENS, kv_frame, open_frame
+from tests.unit.inbox_frames import HERE, TOKENS, kv_frame, open_frame
 from workers.kv.codecs import CODABLE, CODECS, FP8, GROUP_CHANNELS, INT8, GroupCodec, group_codec
 from workers.kv.frames import Frame
 from workers.kv.inbox import Inbox

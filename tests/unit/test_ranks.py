@@ -11,7 +11,7 @@ import pytest
 
 from cluster.wire import kv_pb2, worker_pb2
 from tests.processes import shared_memories
-from tests.unit.test_inbox import (
+from tests.unit.inbox_frames import (
     GEOMETRY,
     HEADS,
     HERE,
