@@ -81,6 +81,8 @@ class RouterRecord:
     router_id: str
     url: str
     pid: int
+    workers: int = 0
+    """That it is linked to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -384,13 +384,30 @@ class Supervisor:
         self._report(Progress(record.worker_id, record.state.value, detail))
 
     async def _routers_ready(self) -> None:
+        """Each has all workers: before that, it would place requests on those it has."""
         assert self._membership is not None
-        wanted = set(self._router_ids)
-        while not wanted <= {record.router_id for record in await self._membership.routers()}:
+        deadline = time.monotonic() + self.config.start_deadline_s
+        while lacking := await self._routers_lack():
+            if time.monotonic() > deadline:
+                raise StartFailed(
+                    f"{lacking} after {self.config.start_deadline_s:g} s: --verbose shows why"
+                )
             await asyncio.sleep(POLL_S)
         # Their records come a moment before they accept connections.
         for url in self.urls:
             await _accepts_connections(url)
+
+    async def _routers_lack(self) -> str:
+        assert self._membership is not None
+        states = [record.state for record in await self._membership.workers()]
+        ready = states.count(WorkerState.READY)
+        found = {record.router_id: record for record in await self._membership.routers()}
+        for router_id in self._router_ids:
+            if router_id not in found:
+                return f"{router_id} does not serve"
+            if found[router_id].workers < ready:
+                return f"{router_id} reaches {found[router_id].workers} of {ready} workers"
+        return ""
 
     async def _while_routers_run(self, step: Coroutine[Any, Any, None]) -> None:
         """Do a step of the start; stop at once if a router finds its arguments wrong."""

@@ -41,6 +41,8 @@ class MemberWatcher:
         self.records: list[WorkerRecord] = []
         self.desired: dict[str, int] = {}
         self.redis_reachable = True
+        self.links_changed = asyncio.Event()
+        """Set when there is one more or less."""
         self._leases = Leases(grace_s=membership.lease_s + REDIS_DEADLINE_S)
         self._starts = Starts()
         self._records_by_key: dict[WorkerKey, WorkerRecord] = {}
@@ -117,12 +119,14 @@ class MemberWatcher:
             self._unreachable.add(key)
         else:
             self._unreachable.discard(key)
+            self.links_changed.set()
 
     def _drop(self, key: WorkerKey, reason: str) -> None:
         link = self._core.remove(key)
         if link is None:
             return
         logger.warning("worker %s is taken out: %s", key, reason)
+        self.links_changed.set()
         self._measure()
         # Closing waits for the other end, which may be frozen.
         task = asyncio.create_task(link.close(), name=f"close {key}")

@@ -149,11 +149,14 @@ async def serve_when_ready(
     classes = Classes.of_settings(settings.slo_classes, settings.api_key_classes)
     app.user_middleware.append(Middleware(PlacementHeaders, policies, classes))
     app.middleware_stack = app.build_middleware_stack()
-    record = RouterRecord(settings.router_id, settings.url, os.getpid())
+
+    async def write_record() -> None:
+        record = RouterRecord(settings.router_id, settings.url, os.getpid(), len(core.workers))
+        await membership.put_router(record)
+
     background.append(
         asyncio.create_task(
-            keep_lease(lambda: membership.put_router(record), settings.lease_s, asyncio.Event()),
-            name="lease",
+            keep_lease(write_record, settings.lease_s, watcher.links_changed), name="lease"
         )
     )
     shutdown = await serve_http(

