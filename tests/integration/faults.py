@@ -19,7 +19,7 @@ import grpc
 from cluster.bench.link import End, make_ends, remove_ends, run_ip
 from cluster.bench.report import BenchFailed
 from cluster.wire import worker_pb2, worker_pb2_grpc
-from tests.integration.staged_worker import SLOW, STAGE_FOLDER, told
+from tests.integration.staged_worker import COMPUTED, COMPUTING, QUEUED, SLOW, STAGE_FOLDER, told
 from tests.integration.streams import STREAM_DEADLINE_S, Stream
 from tests.integration.test_equal_to_plain_vllm import prompt_of
 from tests.nursery import Nursery
@@ -42,6 +42,7 @@ WORKERS = {
     "decode-2": "decode",
     "decode-3": "decode",
 }
+BEFORE_THE_FIRST_TOKEN = (QUEUED, COMPUTING, COMPUTED)
 HELD_S = 15.0
 """For the survivors to let go of everything. It takes them 5 s; a busy machine has longer."""
 HOLD_DEADLINE_S = 5.0
@@ -118,7 +119,7 @@ class Faults:
         tells = json.loads(path.read_text())
         names = {str(process.pid): name for name, process in self.workers.items()}
         stream = next(s for s in streams if tells["transfer_id"].startswith(s.request_id))
-        if stage == "computing":
+        if stage in BEFORE_THE_FIRST_TOKEN:
             assert not stream.token_ids
         else:
             until("its first token is there", lambda: stream.token_ids)
@@ -221,7 +222,7 @@ class Faults:
 
 
 @contextlib.contextmanager
-def running_faults(folder: Path, vllm_args: list[str]) -> Iterator[Faults]:
+def running_faults(folder: Path, vllm_args: list[str], transport: str) -> Iterator[Faults]:
     stages = folder / "stages"
     stages.mkdir()
     port = free_port()
@@ -242,7 +243,7 @@ def running_faults(folder: Path, vllm_args: list[str]) -> Iterator[Faults]:
         environment={STAGE_FOLDER: str(stages)},
         # So that layers go while others are computed; and so that what nobody comes for is not held
         # for longer than the tests wait.
-        handoff={"overlap": "always", "idle_s": 3.0},
+        handoff={"overlap": "always", "idle_s": 3.0, "transport": transport},
         spawn=nursery.spawn,
     )
     faults = Faults(cluster, nursery, stages, redis, end, why_no_end)

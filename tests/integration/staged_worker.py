@@ -16,8 +16,12 @@ from pathlib import Path
 from typing import Any
 
 STAGE_FOLDER = "BATON_TEST_STAGE_FOLDER"
+QUEUED = "queued"
+"""The prefill worker has the prompt, and has not begun with it."""
 COMPUTING = "computing"
 """The prefill worker's engine is in the middle of a step; the first layer's KV may be going."""
+COMPUTED = "computed"
+"""The prefill worker's engine has computed the first token, and has not told it."""
 SENDING = "sending"
 """Half of the KV is on its way, and the prompt may be computed meanwhile."""
 ADOPTING = "adopting"
@@ -53,18 +57,36 @@ def stop_at(stage: str, transfer_id: str, sender: str, receiver: str) -> None:
 def stop_where_told() -> None:
     from vllm.v1.engine.core import EngineCore
 
+    from cluster.wire import worker_pb2
     from workers.engine import EngineHost
     from workers.kv.connector import BatonConnector
     from workers.kv.incoming import Settled
     from workers.kv.sender import Transfer
 
-    step, save_layer = EngineCore.step, BatonConnector.save_kv_layer
+    admit, step, save_layer = EngineHost._admit, EngineCore.step, BatonConnector.save_kv_layer
     batches, settle = Transfer._batches, EngineHost._settled
 
-    def slow_step(self: EngineCore) -> Any:
+    receivers: dict[str, str] = {}
+    """By the prefill leg, which the transfer is named after."""
+
+    def stopping_admit(
+        self: EngineHost, client: int, request: Any, add: worker_pb2.AddRequest, adopt: str
+    ) -> None:
+        if add.HasField("send"):
+            receivers[add.leg_id] = add.send.worker_id
+            stop_at(QUEUED, add.leg_id, "", add.send.worker_id)
+        admit(self, client, request, add, adopt)
+
+    def stopping_step(self: EngineCore) -> Any:
         if Path(os.environ[STAGE_FOLDER], SLOW).exists():
             time.sleep(SLOW_STEP_S)
-        return step(self)
+        outputs, executed = step(self)
+        for of_client in outputs.values():
+            for output in of_client.outputs:
+                if output.new_token_ids and output.request_id in receivers:
+                    receiver = receivers.pop(output.request_id)
+                    stop_at(COMPUTED, output.request_id, "", receiver)
+        return outputs, executed
 
     def stopping_save(self: BatonConnector, *args: Any, **kwargs: Any) -> None:
         save_layer(self, *args, **kwargs)
@@ -84,7 +106,8 @@ def stop_where_told() -> None:
             stop_at(ADOPTING, settled.transfer_id, waiting.add.receive.worker_id, "")
         settle(self, request_id, settled)
 
-    EngineCore.step = slow_step  # type: ignore[method-assign]
+    EngineHost._admit = stopping_admit  # type: ignore[method-assign]
+    EngineCore.step = stopping_step  # type: ignore[method-assign]
     BatonConnector.save_kv_layer = stopping_save  # type: ignore[method-assign]
     Transfer._batches = stopping_batches  # type: ignore[method-assign]
     EngineHost._settled = stopping_settle  # type: ignore[method-assign]

@@ -22,11 +22,12 @@ from tests.integration.faults import (
     running_faults,
     until,
 )
-from tests.integration.staged_worker import ADOPTING, COMPUTING, SENDING
+from tests.integration.staged_worker import ADOPTING, COMPUTED, COMPUTING, QUEUED, SENDING
 from tests.integration.streams import STREAM_DEADLINE_S
 from tests.processes import metrics, wait_for_workers, wait_until_serving
 
 DECODING = "decoding"
+PHASES = [QUEUED, COMPUTING, COMPUTED, SENDING, ADOPTING, DECODING]
 STRIKES = [
     # So ordered that who was killed is replaced while another one freezes.
     (signal.SIGKILL, "prefill"),
@@ -40,8 +41,12 @@ HANDED_OVER = "baton_handoffs_completed_total"
 OTHERS = "baton_requests_of_other_routers"
 CONNECTION_BROKE = ("RemoteProtocolError", "ReadError")
 EFFECTS = {
+    (QUEUED, "prefill"): RESUMED,
+    (QUEUED, "decode"): RESUMED,
     (COMPUTING, "prefill"): RESUMED,
     (COMPUTING, "decode"): RESUMED,
+    (COMPUTED, "prefill"): RESUMED,
+    (COMPUTED, "decode"): RESUMED,
     (SENDING, "prefill"): RECOMPUTED,
     (SENDING, "decode"): RESUMED,
     (ADOPTING, "decode"): RESUMED,
@@ -53,15 +58,38 @@ nothing to the request that was handed over."""
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Faults]:
-    with running_faults(tmp_path_factory.mktemp("faults"), vllm_args) as running:
+    with running_faults(tmp_path_factory.mktemp("faults"), vllm_args, "grpc") as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["collective", "nixl"])
+def group_faults(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]
+) -> Iterator[Faults]:
+    with running_faults(tmp_path_factory.mktemp("faults"), vllm_args, request.param) as running:
         yield running
 
 
 @pytest.mark.parametrize(("signum", "victim"), STRIKES, ids=STRIKES_NAMES)
-@pytest.mark.parametrize("phase", [COMPUTING, SENDING, ADOPTING, DECODING])
+@pytest.mark.parametrize("phase", PHASES)
 def test_streams_survive_a_worker(
     faults: Faults, phase: str, signum: signal.Signals, victim: str
 ) -> None:
+    streams_survive(faults, phase, signum, victim)
+
+
+@pytest.mark.parametrize(("signum", "victim"), STRIKES, ids=STRIKES_NAMES)
+@pytest.mark.parametrize(
+    "phase",
+    [pytest.param(phase, marks=() if phase == SENDING else pytest.mark.slow) for phase in PHASES],
+)
+def test_streams_survive_a_worker_of_a_group(
+    group_faults: Faults, phase: str, signum: signal.Signals, victim: str
+) -> None:
+    streams_survive(group_faults, phase, signum, victim)
+
+
+def streams_survive(faults: Faults, phase: str, signum: signal.Signals, victim: str) -> None:
     faults.all_there(victim)
     before = metrics(faults.url)
     streams = faults.start_streams(faults.url, EARLY, slowly=True)
