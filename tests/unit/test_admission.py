@@ -125,6 +125,39 @@ def test_one_that_would_wait_too_long_in_the_queue_is_refused() -> None:
     assert scheduler.on_arrival(replace(ASK, request_id="any"), 20.0) == []
 
 
+def test_after_a_spell_of_long_answers_promises_are_made_again() -> None:
+    """Virtual time: one place, and a request with a target whenever a short answer has begun."""
+    scheduler = cluster(P, D, requests_max=1)
+    names = itertools.count()
+
+    def arrive(now_s: float, slo: SloClass) -> bool:
+        ask = replace(ASK, request_id=f"r{next(names)}", max_tokens=1, slo=slo)
+        actions = scheduler.on_arrival(ask, now_s)
+        return not any(isinstance(action, FailRequest) for action in actions)
+
+    def end(now_s: float) -> None:
+        (running,) = [life for life in scheduler.lives.values() if life.leg is not None]
+        scheduler.on_step(P, now_s, {running.last_leg_id: None})
+        scheduler.on_output(running.last_leg_id, [1], Finish.STOP)
+
+    for _ in range(21):
+        arrive(0.0, SloClass())
+    for i in range(21):
+        end(20.0 * (i + 1))
+    assert scheduler.queued == 0
+    taken = []
+    for i in range(50):
+        now_s = 500.0 + i
+        arrive(now_s, SloClass())
+        taken.append([arrive(now_s, FAST), arrive(now_s, FAST)])
+        while scheduler.lives:
+            now_s += 0.1
+            end(now_s)
+    # At first one at a time, and then all that the short answers leave time for.
+    assert taken[0] == [True, False] and all(one for one, _ in taken)
+    assert taken[-1] == [True, True]
+
+
 # --- bounds ---------------------------------------------------------------------------------------
 
 
