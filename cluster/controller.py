@@ -23,6 +23,7 @@ from cluster.engine_build import on_gpu
 from cluster.errors import one_line
 from cluster.logs import configure_logs
 from cluster.membership import (
+    BETWEEN_STARTS_S,
     DRAINED,
     REDIS_ERRORS,
     DesiredPools,
@@ -129,6 +130,8 @@ class Controller:
         """Incarnations that serve."""
         self._desired = DesiredPools(0, 0)
         self._stopping = False
+        self._started_unix_s = 0.0
+        """When workers were started last."""
         self._on_gpu = on_gpu()
         self._loop: asyncio.Task[None] | None = None
         self._problem = ""
@@ -246,13 +249,14 @@ class Controller:
             shortage = str(error)
             placements = place(nodes, fitting(nodes, request)) if some_ran else []
         self._problem = shortage
+        started_unix_s = await self._start_time() if placements else 0.0
         for placement in placements:
             slot = next(s for s in slots if s.pool == placement.role and s.task is None)
             slot.placement = placement
             slot.node = addresses[placement.node_id]
             slot.starts += 1
             slot.incarnation = uuid.uuid4().hex[:12]
-            slot.started_unix_s = time.time()
+            slot.started_unix_s = started_unix_s
             slot.settings, slot.drain_asked, slot.ready_at_s = self._settings, False, 0.0
             slot.unplaced = ""
             slot.lapsed.clear()
@@ -262,6 +266,15 @@ class Controller:
             if some_ran and not slot.unplaced:
                 logger.warning("%s waits for room: %s", slot.worker_id, shortage)
             slot.unplaced = shortage if some_ran else ""
+
+    async def _start_time(self) -> float:
+        """Later than all before, for routers keep to the latest start of a worker. Redis knows of
+        other controllers' starts."""
+        started_unix_s = max(time.time(), self._started_unix_s + BETWEEN_STARTS_S)
+        with contextlib.suppress(*REDIS_ERRORS):
+            started_unix_s = await self._membership.start_time(started_unix_s)
+        self._started_unix_s = started_unix_s
+        return started_unix_s
 
     def _needs(self, pool: Pool) -> WorkerNeeds:
         """On CPU each rank computes on cores of its own."""

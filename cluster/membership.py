@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 STOPPED, DRAINED = "it was stopped", "it was drained"
 """Why a worker ended, where nothing was wrong."""
 REDIS_DEADLINE_S = 2.0
+BETWEEN_STARTS_S = 0.001
 REDIS_ERRORS = (redis.exceptions.RedisError, OSError, TimeoutError)
 
 
@@ -46,7 +47,7 @@ class WorkerRecord:
     node: str = ""
     pid: int = 0
     started_unix_s: float = 0.0
-    """By one clock for all starts of a worker."""
+    """Later than the start before, whatever clocks say: see `Membership.start_time`."""
     placement_reason: str = ""
     detail: str = ""
     """Why it failed, for people."""
@@ -237,6 +238,20 @@ class Membership:
 
     async def set_desired(self, desired: DesiredPools) -> None:
         await self._redis.set(f"{self._prefix}:desired", json.dumps(dataclasses.asdict(desired)))
+
+    async def start_time(self, now_unix_s: float) -> float:
+        """A time for workers to start at: this one, or else one that is later than all before, also
+        where the clock was set back or is another machine's."""
+        key = f"{self._prefix}:started"
+
+        async def put(pipe: Pipeline) -> float:
+            before = float(await pipe.get(key) or 0.0)
+            started = max(now_unix_s, before + BETWEEN_STARTS_S)
+            pipe.multi()  # type: ignore[no-untyped-call]
+            pipe.set(key, repr(started))
+            return started
+
+        return float(await self._redis.transaction(put, key, value_from_callable=True))
 
     async def desired(self) -> DesiredPools | None:
         text = await self._redis.get(f"{self._prefix}:desired")

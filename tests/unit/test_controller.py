@@ -51,6 +51,12 @@ class Members(Membership):
         self.records: dict[str, WorkerRecord] = {}
         self.drains: list[str] = []
         self.gone = False
+        self.started_unix_s = 0.0
+
+    async def start_time(self, now_unix_s: float) -> float:
+        if self.gone:
+            raise ConnectionError
+        return max(now_unix_s, self.started_unix_s)
 
     async def workers(self) -> list[WorkerRecord]:
         if self.gone:
@@ -291,6 +297,29 @@ def test_a_cluster_starts_whole_or_not_at_all(free: list[Node], later: list[floa
         later[0] += 1
         await placing._reconcile()
         assert placing.running() == ["prefill-0", "decode-0"]
+
+    asyncio.run(play())
+
+
+def test_a_clock_set_back_makes_no_start_an_earlier_one(
+    free: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play() -> None:
+        clock = [0.0]
+        monkeypatch.setattr(time, "time", lambda: clock[0])
+        placing = Placing()
+        free.append(Node("a", None, 0, 2, 1 << 40))
+        # Another controller's, by a clock that is ahead.
+        placing.members.started_unix_s = 2000.0
+        slot, seen = placing._slots["decode-0"], []
+        for now, gone in ((1000.0, False), (900.0, True), (800.0, False), (3000.0, True)):
+            clock[0], placing.members.gone = now, gone
+            placing.lose("decode-0")
+            await placing._reconcile()
+            seen.append(slot.started_unix_s)
+            await asyncio.sleep(0)
+        assert seen[0] == 2000.0 and seen[-1] == 3000.0
+        assert sorted(set(seen)) == seen
 
     asyncio.run(play())
 

@@ -40,6 +40,13 @@ async def test_only_its_own_record_is_removed(membership: Membership) -> None:
     assert await membership.workers() == []
 
 
+async def test_start_times_only_grow(membership: Membership) -> None:
+    assert await membership.start_time(100.0) == 100.0
+    back = await membership.start_time(50.0)
+    assert 100.0 < back < await membership.start_time(50.0) < 101.0
+    assert await membership.start_time(1_700_000_000.25) == 1_700_000_000.25
+
+
 async def test_redis_tells_one_start_from_another(membership: Membership) -> None:
     assert len(await membership.run_id()) > 8
     assert await membership.run_id() == await membership.run_id()
