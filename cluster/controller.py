@@ -12,7 +12,6 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -33,17 +32,16 @@ from cluster.membership import (
     WorkerState,
     open_redis,
 )
-from cluster.node_placement import (
-    Node,
+from cluster.model_shape import KnownShape, memory_share, model_shape
+from cluster.node_placement import fitting, place
+from cluster.placement_request import (
     NotEnoughCapacity,
     PlacementRequest,
     WorkerNeeds,
     WorkerPlacement,
-    fitting,
-    place,
 )
 from cluster.ray_calls import NAMESPACE, awaited
-from cluster.roofline import ModelShape
+from cluster.ray_nodes import live_nodes
 from cluster.scheduler.view import Pool
 from cluster.tasks import ended
 
@@ -132,6 +130,7 @@ class Controller:
         self._stopping = False
         self._started_unix_s = 0.0
         """When workers were started last."""
+        self._shape: tuple[ControllerSettings, KnownShape] | None = None
         self._on_gpu = on_gpu()
         self._loop: asyncio.Task[None] | None = None
         self._problem = ""
@@ -231,10 +230,12 @@ class Controller:
         """Choose nodes for these workers together, and start them there. Where some run, as many as
         there is room for: the others wait."""
         pools = Counter(slot.pool for slot in slots)
+        known = await self._model_shape()
         request = PlacementRequest(
             prefill_workers=pools[Pool.PREFILL],
             decode_workers=pools[Pool.DECODE],
-            model=model_shape(self._settings.model_path),
+            model=known.shape,
+            model_note=known.note,
             prefill=self._needs(Pool.PREFILL),
             decode=self._needs(Pool.DECODE),
             prefill_accelerator=self._settings.prefill_accelerator,
@@ -276,6 +277,19 @@ class Controller:
         self._started_unix_s = started_unix_s
         return started_unix_s
 
+    async def _model_shape(self) -> KnownShape:
+        """The same for both pools, or no hand-off would be taken."""
+        if self._shape is None or self._shape[0] != self._settings:
+            settings = self._settings
+            # A thread, for it may ask the hub.
+            known = await asyncio.to_thread(
+                model_shape, settings.model_path, settings.vllm_args[Pool.DECODE]
+            )
+            if known.shape is None:
+                return known
+            self._shape = settings, known
+        return self._shape[1]
+
     def _needs(self, pool: Pool) -> WorkerNeeds:
         """On CPU each rank computes on cores of its own."""
         ranks = self._settings.tensor_parallel[pool]
@@ -283,6 +297,7 @@ class Controller:
             tensor_parallel=ranks,
             accelerators=float(ranks) if self._on_gpu else 0.0,
             cpus=1.0 if self._on_gpu else float(ranks),
+            memory_share=memory_share(self._settings.vllm_args[pool]),
         )
 
     async def _live(self, slot: _Slot) -> None:
@@ -455,42 +470,6 @@ def controller_runs(cluster: str) -> bool:
 
 def controller_name(cluster: str) -> str:
     return f"{cluster}/controller"
-
-
-def live_nodes() -> tuple[list[Node], dict[str, str]]:
-    """Ray's nodes with what they have free, and their addresses by id."""
-    available = ray._private.state.available_resources_per_node()
-    nodes, addresses = [], {}
-    for info in ray.nodes():
-        if not info["Alive"]:
-            continue
-        node_id, free = info["NodeID"], available.get(info["NodeID"], {})
-        types = [
-            name.removeprefix("accelerator_type:")
-            for name in info["Resources"]
-            if name.startswith("accelerator_type:")
-        ]
-        nodes.append(
-            Node(
-                id=node_id,
-                accelerator=types[0] if types else None,
-                accelerators_free=free.get("GPU", 0.0),
-                cpus_free=free.get("CPU", 0.0),
-                memory_bytes_free=int(free.get("memory", 0)),
-            )
-        )
-        addresses[node_id] = info["NodeManagerAddress"]
-    return nodes, addresses
-
-
-def model_shape(model: str) -> ModelShape:
-    """From the model's config.json; a hub name is read through the hub's cache."""
-    file = Path(model) / "config.json"
-    if not file.is_file():
-        from huggingface_hub import hf_hub_download
-
-        file = Path(hf_hub_download(model, "config.json"))
-    return ModelShape.from_hf_config(json.loads(file.read_text()))
 
 
 def backoff_after(starts: int) -> float:

@@ -215,11 +215,14 @@ def decode_step_time_s(
 
 
 def kv_capacity_tokens(
-    model: ModelShape, accelerator: Accelerator, tensor_parallel: int = 1
+    model: ModelShape,
+    accelerator: Accelerator,
+    tensor_parallel: int = 1,
+    memory_share: float = MEMORY_UTILIZATION,
 ) -> int:
     """Tokens whose KV fits beside the weights; 0 where the weights themselves do not."""
     _check(1, tensor_parallel)
-    free = usable_bytes(accelerator) - model.weights_bytes / tensor_parallel
+    free = usable_bytes(accelerator, memory_share) - model.weights_bytes / tensor_parallel
     return max(0, math.floor(free / model.kv_bytes_per_token_each(tensor_parallel)))
 
 
@@ -232,16 +235,20 @@ def efficiency(accelerator: Accelerator) -> float:
     return PREFILL_EFFICIENCY_BALANCED if balanced else PREFILL_EFFICIENCY
 
 
-def usable_bytes(accelerator: Accelerator) -> float:
+def usable_bytes(accelerator: Accelerator, memory_share: float = MEMORY_UTILIZATION) -> float:
     """Bytes of one accelerator that weights and KV may take."""
-    return accelerator.memory_gb * 1e9 * MEMORY_UTILIZATION
+    return accelerator.memory_gb * 1e9 * memory_share
 
 
 def fits(
-    model: ModelShape, accelerator: Accelerator, tokens: int = 1, tensor_parallel: int = 1
+    model: ModelShape,
+    accelerator: Accelerator,
+    tokens: int = 1,
+    tensor_parallel: int = 1,
+    memory_share: float = MEMORY_UTILIZATION,
 ) -> bool:
     """Whether the weights and the KV of `tokens` tokens fit."""
-    return kv_capacity_tokens(model, accelerator, tensor_parallel) >= tokens
+    return kv_capacity_tokens(model, accelerator, tensor_parallel, memory_share) >= tokens
 
 
 def rank(
@@ -250,11 +257,14 @@ def rank(
     model: ModelShape,
     workload: Workload | None = None,
     tensor_parallel: int = 1,
+    memory_share: float = MEMORY_UTILIZATION,
 ) -> list[Ranking]:
     """The accelerators in order of throughput in this phase, best first, ties by name."""
     load = workload or Workload()
     measure = _prefill if phase == "prefill" else _decode
-    measured = [(one, *measure(one, model, load, tensor_parallel)) for one in accelerators]
+    measured = [
+        (one, *measure(one, model, load, tensor_parallel, memory_share)) for one in accelerators
+    ]
     rates = [_rate(phase, load, seconds, batch) for _, seconds, batch in measured]
     best = max(rates, default=0.0)
     rankings = [
@@ -262,7 +272,7 @@ def rank(
             accelerator=one,
             seconds=seconds,
             score=rate / best if best else 0.0,
-            reason=_reason(phase, one, model, load, tensor_parallel, rate, batch),
+            reason=_reason(phase, one, model, load, tensor_parallel, memory_share, rate, batch),
             tokens_per_s=rate,
             batch=batch,
         )
@@ -272,19 +282,27 @@ def rank(
 
 
 def _prefill(
-    accelerator: Accelerator, model: ModelShape, load: Workload, tensor_parallel: int
+    accelerator: Accelerator,
+    model: ModelShape,
+    load: Workload,
+    tensor_parallel: int,
+    memory_share: float,
 ) -> tuple[float, int]:
-    if not fits(model, accelerator, load.prompt_tokens, tensor_parallel):
+    if not fits(model, accelerator, load.prompt_tokens, tensor_parallel, memory_share):
         return math.inf, 0
     return prefill_time_s(model, accelerator, load.prompt_tokens, tensor_parallel), 1
 
 
 def _decode(
-    accelerator: Accelerator, model: ModelShape, load: Workload, tensor_parallel: int
+    accelerator: Accelerator,
+    model: ModelShape,
+    load: Workload,
+    tensor_parallel: int,
+    memory_share: float,
 ) -> tuple[float, int]:
     # Admission keeps room for a sequence's last token; the average one is half way there.
     longest = load.prompt_tokens + load.output_tokens
-    room = kv_capacity_tokens(model, accelerator, tensor_parallel) // longest
+    room = kv_capacity_tokens(model, accelerator, tensor_parallel, memory_share) // longest
     batch = min(room, load.batch_max)
     if batch == 0:
         return math.inf, 0
@@ -303,13 +321,14 @@ def _reason(
     model: ModelShape,
     load: Workload,
     tensor_parallel: int,
+    memory_share: float,
     rate: float,
     batch: int,
 ) -> str:
     each = f" on {tensor_parallel} of them" if tensor_parallel > 1 else ""
     if not batch:
         weights_gb = model.weights_bytes / tensor_parallel / 1e9
-        usable_gb = usable_bytes(accelerator) / 1e9
+        usable_gb = usable_bytes(accelerator, memory_share) / 1e9
         return (
             f"{accelerator.name} has {usable_gb:.0f} GB to use, too little for "
             f"{weights_gb:.0f} GB of weights and one request's KV at tensor_parallel "

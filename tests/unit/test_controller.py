@@ -7,6 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,7 @@ from cluster.membership import (
     WorkerRecord,
     WorkerState,
 )
-from cluster.node_placement import Node
+from cluster.placement_request import Node
 from cluster.scheduler.view import Pool
 from workers.actor import shares_of_cores
 
@@ -279,6 +280,24 @@ def test_one_without_room_keeps_nobody_else_down(free: list[Node], later: list[f
         assert sorted(placing.running()) == ["decode-0", "prefill-0"]
         assert placing.members.records[waits].state is not WorkerState.FAILED
         assert await placing.problem() == ""
+
+    asyncio.run(play())
+
+
+def test_a_model_that_only_vllm_understands_is_placed(
+    free: list[Node], later: list[float], tmp_path: Path
+) -> None:
+    async def play() -> None:
+        (tmp_path / "config.json").write_text('{"model_type": "new"}')
+        placing = Placing()
+        placing._settings = dataclasses.replace(placing._settings, model_path=str(tmp_path))
+        placing.lose("prefill-0", "decode-0")
+        free.append(Node("a", "H100", 2, 2, 1 << 40))
+        await placing._reconcile()
+        assert sorted(placing.running()) == ["decode-0", "prefill-0"]
+        placement = placing._slots["decode-0"].placement
+        assert placement is not None
+        assert "the model's config has no hidden_size" in placement.reason
 
     asyncio.run(play())
 
