@@ -93,20 +93,27 @@ class Supervisor:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # First, for what they still answer needs workers.
+        self.stop_routers()
+        answering = flag_value(vllm_args(self.config), "--shutdown-timeout")
+        deadline_s = STOP_DEADLINE_S + (int(answering) if answering.isdigit() else 0)
+        for router in self._routers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(router.wait, deadline_s)
         if self._controller is not None and not self.config.keep_workers:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(awaited(self._controller.stop.remote()), STOP_DEADLINE_S)
-        for router in self._routers:
-            router.terminate()
-        for router in self._routers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(router.wait, STOP_DEADLINE_S)
         self._stop_ray()
         if self._guardian is not None:
             assert self._guardian.stdin is not None
             self._guardian.stdin.close()
             await asyncio.to_thread(self._guardian.wait)
         reap_children()
+
+    def stop_routers(self) -> None:
+        """A second time: they end what they still answer."""
+        for router in self._routers:
+            router.terminate()
 
     async def start(self) -> None:
         """Start everything, and return when requests are served.

@@ -36,6 +36,7 @@ from cluster.scheduler.life import (
     Failure,
     Finish,
     MoveOut,
+    Phase,
     StartDecode,
     StartLocal,
     StartPrefill,
@@ -99,6 +100,8 @@ class ClusterCore(EveryWorker):
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._requests: dict[str, EngineCoreRequest] = {}
         self._placings: dict[str, Placing] = {}
+        self._refuses = ""
+        """Why, if it takes no more requests."""
         self._encoder = MsgpackEncoder()
         self._decoder = MsgpackDecoder(EngineCoreOutputs)
         cache = vllm_config.cache_config
@@ -115,6 +118,9 @@ class ClusterCore(EveryWorker):
         placing = PLACING.get()
         if placing is not None:
             self._placings[request.request_id] = placing
+        if self._refuses:
+            self._fail(FailRequest(request.request_id, self._refuses, Failure.STOPPING))
+            return
         policy = placing.policy if placing else None
         blocks = self._hasher.blocks_of(request) if self._hasher else None
         ask = ask_of(request, placing, blocks)
@@ -123,6 +129,16 @@ class ClusterCore(EveryWorker):
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
             self._carry_out(self._ended(request_id, self.scheduler.on_abort(request_id)))
+
+    def refuse_all(self, reason: str) -> None:
+        """From now on, and those that run."""
+        self._refuses = reason
+        # Those that wait first: else they would get the place of one that runs.
+        lives = self.scheduler.lives.values()
+        for life in sorted(lives, key=lambda life: life.phase is not Phase.QUEUED):
+            request_id = life.ask.request_id
+            self._carry_out(self.scheduler.on_abort(request_id))
+            self._fail(FailRequest(request_id, reason, Failure.STOPPING))
 
     async def get_output_async(self) -> EngineCoreOutputs:
         return await self._outputs.get()
@@ -465,7 +481,8 @@ class ClusterCore(EveryWorker):
         return False
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Links are closed by whoever opened them; see router.server."""
+        """Requests have ended by then, and links are closed by whoever opened them: see
+        router.stopping and router.server."""
 
     def _apply_limits(self, description: worker_pb2.WorkerDescription) -> None:
         """What the workers found out at their start bounds what the front end may accept."""

@@ -120,7 +120,7 @@ _TYPES = {
 
 
 def _refusal(failed: FailRequest) -> JSONResponse:
-    status = 503 if failed.failure is Failure.NO_WORKER else 429
+    status = 503 if failed.failure in (Failure.NO_WORKER, Failure.STOPPING) else 429
     response = _error(status, f"not taken: {failed.reason}")
     wait_s = min(max(1, math.ceil(failed.retry_after_s)), RETRY_AFTER_MAX_S)
     response.headers["Retry-After"] = str(wait_s)

@@ -6,12 +6,12 @@ import argparse
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fastapi import FastAPI
 from prometheus_client import REGISTRY
 from starlette.middleware import Middleware
 from vllm import envs
@@ -47,6 +47,9 @@ from router.notice import notice_routes
 from router.peers import Peers
 from router.placing import PlacementHeaders
 from router.settings import RouterSettings
+from router.stopping import StopSignals, end_serving, first_of
+
+CLOSE_DEADLINE_S = 2.0
 
 
 async def run_router(settings: RouterSettings) -> None:
@@ -102,11 +105,11 @@ async def run_router(settings: RouterSettings) -> None:
         )
     finally:
         await ended(*background)
-        with contextlib.suppress(*REDIS_ERRORS):
-            await membership.remove_router(settings.router_id)
-        for key in list(core.workers):
-            if link := core.remove(key):
-                await link.close()
+        links = [link for key in list(core.workers) if (link := core.remove(key))]
+        # The other end may be frozen.
+        closing = [asyncio.create_task(link.close()) for link in links]
+        if closing:
+            await asyncio.wait(closing, timeout=CLOSE_DEADLINE_S)
         await redis.aclose()
         engine.shutdown()
         sock.close()
@@ -125,11 +128,13 @@ async def serve_when_ready(
 ) -> None:
     """Wait for the first worker, whose limits the front end needs, then serve."""
     ready = asyncio.create_task(core.wait_for_worker())
-    stopped = stop_signal()
-    await asyncio.wait({ready, stopped, *background}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
+    stop = StopSignals()
+    stop.listen()
+    stopped = asyncio.create_task(stop.asked.wait())
+    await first_of(ready, stopped, *background)
     if not ready.done():
         ready.cancel()
+        stopped.cancel()
         return
     # vLLM's front end looks at environment variables for each token.
     envs.enable_envs_cache()
@@ -154,11 +159,30 @@ async def serve_when_ready(
         record = RouterRecord(settings.router_id, settings.url, os.getpid(), len(core.workers))
         await membership.put_router(record)
 
-    background.append(
-        asyncio.create_task(
-            keep_lease(write_record, settings.lease_s, watcher.links_changed), name="lease"
-        )
+    lease = asyncio.create_task(
+        keep_lease(write_record, settings.lease_s, watcher.links_changed), name="lease"
     )
+
+    async def leave() -> None:
+        await ended(lease)
+        with contextlib.suppress(*REDIS_ERRORS):
+            await membership.remove_router(settings.router_id)
+
+    serving = asyncio.create_task(serve(app, args, sock), name="http")
+    # It handles signals in its own way, from its first step on.
+    await asyncio.sleep(0)
+    stop.listen()
+    await first_of(serving, stopped, *background)
+    # Others are to know before the last answers have ended.
+    leaving = asyncio.create_task(leave())
+    if not serving.done():
+        await end_serving(serving, app.state.server, core, stop.insisted, args.shutdown_timeout)
+    await leaving
+    if serving.done():
+        serving.result()
+
+
+async def serve(app: FastAPI, args: argparse.Namespace, sock: socket.socket) -> None:
     shutdown = await serve_http(
         app,
         sock=sock,
@@ -184,20 +208,6 @@ def router_args(settings: RouterSettings) -> argparse.Namespace:
     # Workers have ranks; here is no accelerator for them.
     args.tensor_parallel_size = 1
     return args
-
-
-def stop_signal() -> asyncio.Future[None]:
-    """Done at the first SIGINT or SIGTERM; once it serves, vLLM's server handles them."""
-    loop = asyncio.get_running_loop()
-    stopped: asyncio.Future[None] = loop.create_future()
-
-    def stop() -> None:
-        if not stopped.done():
-            stopped.set_result(None)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, stop)
-    return stopped
 
 
 @contextlib.contextmanager

@@ -52,11 +52,18 @@ async def _serve(config: BatonConfig) -> None:
         console.print(line + f"[bold]{progress.state:<9}[/bold] ", end="")
         console.print(progress.detail, markup=False, soft_wrap=True)
 
+    supervisor = Supervisor(config, report)
     stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            supervisor.stop_routers()
+        stop.set()
+
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(signum, stop.set)
-    async with Supervisor(config, report) as supervisor:
+        loop.add_signal_handler(signum, on_signal)
+    async with supervisor:
         serving = asyncio.create_task(_start_and_wait(supervisor, console))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)

@@ -40,6 +40,8 @@ class Failure(enum.StrEnum):
     QUEUE_FULL = "queue_full"
     SLO = "slo"
     """It would have missed what its class is promised."""
+    STOPPING = "stopping"
+    """The router ends."""
 
 
 class Finish(enum.StrEnum):

@@ -432,7 +432,7 @@ def test_gpus_can_be_left_out() -> None:
 def test_router_settings() -> None:
     router = router_of(rendered("mixed"))
     assert router["args"][:2] == ["up", "meta-llama/Llama-3.1-8B-Instruct"]
-    assert router["args"][2:] == ["--kv-cache-dtype", "fp8"]
+    assert router["args"][2:] == ["--shutdown-timeout", "100", "--kv-cache-dtype", "fp8"]
     environment = environment_of(router)
     assert environment["BATON_PREFILL"] == "24"
     assert environment["BATON_KEEP_WORKERS"] == "true"
@@ -445,6 +445,19 @@ def test_router_settings() -> None:
     assert names.index("REDIS_PASSWORD") < names.index("BATON_REDIS_URL")
     for probe in ("startupProbe", "readinessProbe"):
         assert router[probe]["httpGet"] == {"path": "/health", "port": "http"}
+
+
+def test_running_answers_end_before_the_pod_is_killed() -> None:
+    def timeout_s(grace_s: int) -> int:
+        value = f"router.terminationGracePeriodSeconds={grace_s}"
+        router = router_of(load(template(RELEASES[0], "--set", value)))
+        sleep_s = int(router["lifecycle"]["preStop"]["exec"]["command"][1])
+        timeout_s = int(router["args"][router["args"].index("--shutdown-timeout") + 1])
+        assert timeout_s + sleep_s < grace_s
+        return timeout_s
+
+    assert timeout_s(300) > 250
+    assert timeout_s(10) == 0
 
 
 def test_router_alone() -> None:

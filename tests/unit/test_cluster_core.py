@@ -27,8 +27,12 @@ class Link:
 
     def __init__(self) -> None:
         self.requests: list[EngineCoreRequest] = []
+        self.aborted: list[str] = []
 
     def send(self, message: worker_pb2.ToEngine) -> None:
+        if message.HasField("abort"):
+            self.aborted.extend(message.abort.request_ids)
+            return
         assert message.HasField("add")
         decoder = MsgpackDecoder(EngineCoreRequest)
         self.requests.append(decoder.decode(list(message.add.request)))
@@ -136,3 +140,17 @@ async def test_a_lost_workers_leg_is_not_passed_on() -> None:
     router.core.remove(KEY)
     router.hears(step(1.1, EngineCoreOutput(leg, [2])), step(1.2, EngineCoreOutput(leg, [3])))
     assert texts(await router.passes_on()) == []
+
+
+async def test_when_it_stops_what_runs_and_what_waits_fails_and_nothing_is_started() -> None:
+    router = Router()
+    router.core.scheduler.view.requests_max = 1
+    leg = await router.leg_of("runs")
+    await router.leg_of("waits")
+    router.core.refuse_all("the router stops")
+    await router.leg_of("comes")
+    failed = [(name, [], FinishReason.ERROR) for name in ("waits", "runs", "comes")]
+    assert texts(await router.passes_on()) == failed
+    assert [request.request_id for request in router.link.requests] == [leg]
+    assert router.link.aborted == [leg]
+    assert not router.core.scheduler.lives and not router.core._requests

@@ -1,0 +1,183 @@
+"""Routers that are told to stop while they answer, over workers without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+
+from tests.integration.streams import Stream
+from tests.processes import (
+    Cluster,
+    Process,
+    free_port,
+    redis_server,
+    spawn,
+    wait_for_workers,
+    wait_until_serving,
+)
+
+TOKENS_MANY = 2000
+INTERVAL_S = 0.05
+DEADLINE_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
+    """Workers without a model; each test has a router of its own."""
+    folder: Path = tmp_path_factory.mktemp("stopping")
+    with redis_server(folder) as (redis_url, _):
+        args = [*vllm_args, "--max-model-len", "2048"]
+        control_port = free_port()
+        settings = [
+            json.dumps(
+                {
+                    "worker_id": f"{pool}-0",
+                    "incarnation": "1",
+                    "vllm_args": args,
+                    "cpu_ids": sorted(os.sched_getaffinity(0))[:1],
+                    "redis_url": redis_url,
+                    "pool": pool,
+                    "handoff": {},
+                }
+            )
+            for pool in ("prefill", "decode")
+        ]
+        command = [sys.executable, "-m", "workers.stub", str(control_port), *settings]
+        workers = spawn("stubs", command, folder)
+        cluster = Cluster("", redis_url, folder, args)
+        try:
+            set_pace(control_port, workers)
+            yield cluster
+        finally:
+            workers.stop()
+
+
+def set_pace(control_port: int, workers: Process) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        control.settimeout(0.5)
+        control.connect(("127.0.0.1", control_port))
+        while True:
+            try:
+                control.send(json.dumps({"interval_s": INTERVAL_S}).encode())
+                control.recv(100)
+                return
+            except OSError:
+                assert workers.popen.poll() is None, workers.output()
+                assert time.monotonic() < deadline_s, workers.output()
+                time.sleep(0.1)
+
+
+RouterOf = Callable[..., tuple[str, Process]]
+
+
+@pytest.fixture
+def router_of(stubs: Cluster) -> Iterator[RouterOf]:
+    def start(*vllm_args: str) -> tuple[str, Process]:
+        stubs.vllm_args, before = [*stubs.vllm_args, *vllm_args], stubs.vllm_args
+        url, router = stubs.start_another_router()
+        stubs.vllm_args = before
+        wait_until_serving(url, router)
+        wait_for_workers(stubs, 2, url)
+        return url, router
+
+    yield start
+    stubs.stop()
+
+
+def started(url: str, tokens: int) -> Stream:
+    """A stream that has had its first tokens."""
+    body = {"model": "m", "prompt": "a b c", "max_tokens": tokens, "ignore_eos": True}
+    stream = Stream(url, body)
+    stream.start()
+    wait_until(lambda: len(stream.token_ids) > 2 or not stream.is_alive())
+    return stream
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def refuses_connections(url: str) -> bool:
+    port = int(url.rsplit(":", 1)[1])
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def is_member(stubs: Cluster, pid: int) -> bool:
+    client = redis.Redis.from_url(stubs.redis_url)
+    records = map(client.get, client.keys("baton:baton:router:*"))
+    return pid in [json.loads(record)["pid"] for record in records if record]
+
+
+def ends(router: Process) -> int:
+    return router.popen.wait(DEADLINE_S)
+
+
+def test_running_answers_end_and_no_more_are_taken(stubs: Cluster, router_of: RouterOf) -> None:
+    url, router = router_of("--shutdown-timeout", "600")
+    assert is_member(stubs, router.pid)
+    stream = started(url, 200)
+    router.popen.send_signal(signal.SIGTERM)
+    wait_until(lambda: refuses_connections(url))
+    wait_until(lambda: not is_member(stubs, router.pid))
+    assert stream.is_alive(), stream.problem
+    stream.join(DEADLINE_S)
+    assert (stream.problem, len(stream.token_ids)) == ("", 200)
+    assert ends(router) == 0, router.output()
+
+
+@pytest.mark.parametrize("way", ["at once", "deadline", "insisted"])
+def test_clients_are_told_what_does_not_end(stubs: Cluster, router_of: RouterOf, way: str) -> None:
+    timeout = {"at once": "0", "deadline": "1", "insisted": "600"}[way]
+    url, router = router_of("--shutdown-timeout", timeout)
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        body = {"model": "m", "prompt": "a b c", "max_tokens": TOKENS_MANY, "ignore_eos": True}
+        answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=DEADLINE_S))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    streams = [started(url, TOKENS_MANY) for _ in range(3)]
+    router.popen.send_signal(signal.SIGTERM)
+    if way == "insisted":
+        wait_until(lambda: refuses_connections(url))
+        assert router.popen.poll() is None
+        router.popen.send_signal(signal.SIGINT)
+    for stream in streams:
+        stream.join(DEADLINE_S)
+        assert "Internal server error" in stream.problem
+    asking.join(DEADLINE_S)
+    (answer,) = answers
+    assert answer.status_code == answer.json()["error"]["code"] == 503
+    assert "the router stops" in answer.json()["error"]["message"]
+    assert ends(router) == 0, router.output()
+
+
+def test_a_client_that_does_not_read_holds_up_nothing(stubs: Cluster, router_of: RouterOf) -> None:
+    url, router = router_of()
+    body = json.dumps(
+        {"model": "m", "prompt": ["a"] * 64, "max_tokens": TOKENS_MANY, "stream": True}
+    )
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        assert client.recv(100)
+        router.popen.send_signal(signal.SIGTERM)
+        assert ends(router) == 0, router.output()
