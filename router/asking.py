@@ -1,8 +1,10 @@
-"""What the scheduler is asked, of a request of vLLM's front end."""
+"""What the scheduler is asked, of a request of vLLM's front end, and whether it may be asked."""
 
 from __future__ import annotations
 
+import msgspec
 from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackEncoder
 
 from cluster.scheduler.policy import Ask
 from cluster.scheduler.prefixes import PromptBlocks
@@ -36,6 +38,22 @@ def ask_of(
         tenant=placing.tenant if placing else "",
         blocks=blocks,
     )
+
+
+def why_not_sendable(request: EngineCoreRequest, encoder: MsgpackEncoder) -> str | None:
+    """What of it no worker can be sent: vLLM's front end takes numbers that its messages do not."""
+    try:
+        encoder.encode(request)
+        return None
+    except Exception as error:
+        params = request.sampling_params or request.pooling_params
+        parts = msgspec.structs.asdict(params) if params is not None else {}
+        for name, value in {**parts, "priority": request.priority}.items():
+            try:
+                encoder.encode(value)
+            except Exception as its_error:
+                return f"{name}: {its_error}"
+        return str(error)
 
 
 def _embeds_length(request: EngineCoreRequest) -> int:

@@ -8,7 +8,6 @@ the client's goes to `get_output_async`.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,6 @@ from vllm.v1.engine import (
     EngineCoreRequest,
     FinishReason,
 )
-from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.membership import WorkerRecord, WorkerState
@@ -46,7 +44,7 @@ from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.view import WorkerKey, WorkerView
 from cluster.vllm_blocks import BlockHasher
 from cluster.wire import worker_pb2
-from router.asking import ask_of
+from router.asking import ask_of, why_not_sendable
 from router.every_worker import ConnectedWorker, EveryWorker, with_lasting_id
 from router.link import WorkerLink
 from router.metrics import RouterMetrics
@@ -120,6 +118,10 @@ class ClusterCore(EveryWorker):
             self._placings[request.request_id] = placing
         if self._refuses:
             self._fail(FailRequest(request.request_id, self._refuses, Failure.STOPPING))
+            return
+        # Before anything is charged for it. It may wait, and be sent when others' messages come.
+        if wrong := why_not_sendable(request, self._encoder):
+            self._fail(FailRequest(request.request_id, wrong, Failure.INVALID))
             return
         policy = placing.policy if placing else None
         blocks = self._hasher.blocks_of(request) if self._hasher else None
@@ -221,33 +223,43 @@ class ClusterCore(EveryWorker):
     # --- carrying out the scheduler's decisions ---------------------------------------------------
 
     def _carry_out(self, actions: list[Action]) -> None:
+        """One that cannot be carried out fails its own request, and no other."""
         for action in actions:
-            match action:
-                case StartPrefill():
-                    self._note_placement(action.request_id)
-                    self._start_prefill(action)
-                case StartDecode():
-                    self._start_decode(action)
-                case StartLocal():
-                    self._note_placement(action.request_id)
-                    request = self._requests[action.request_id]
-                    add = self._leg(request, action.leg_id, action.resume_tokens)
-                    self._send(action.worker, worker_pb2.ToEngine(add=add))
-                case MoveOut():
-                    self._move_out(action)
-                case CancelLeg():
-                    abort = worker_pb2.AbortRequests(request_ids=[action.leg_id])
-                    self._send(action.worker, worker_pb2.ToEngine(abort=abort))
-                case DropTransfer():
-                    drop = worker_pb2.DropTransfer(transfer_id=action.transfer_id)
-                    self._send(action.worker, worker_pb2.ToEngine(drop=drop))
-                case StopAwaiting():
-                    lost = worker_pb2.SenderLost(transfer_id=action.transfer_id)
-                    self._send(action.worker, worker_pb2.ToEngine(sender_lost=lost))
-                case FailRequest():
-                    self._fail(action)
-                case Deliver():
-                    pass  # `_on_outputs` delivers, as it has the output
+            try:
+                self._carry_out_one(action)
+            except Exception as error:
+                logger.exception("%s cannot be carried out", type(action).__name__)
+                if isinstance(action, StartPrefill | StartDecode | StartLocal | MoveOut):
+                    self._carry_out(self.scheduler.on_abort(action.request_id))
+                    self._fail(FailRequest(action.request_id, f"{type(error).__name__}: {error}"))
+
+    def _carry_out_one(self, action: Action) -> None:
+        match action:
+            case StartPrefill():
+                self._note_placement(action.request_id)
+                self._start_prefill(action)
+            case StartDecode():
+                self._start_decode(action)
+            case StartLocal():
+                self._note_placement(action.request_id)
+                request = self._requests[action.request_id]
+                add = self._leg(request, action.leg_id, action.resume_tokens)
+                self._send(action.worker, worker_pb2.ToEngine(add=add))
+            case MoveOut():
+                self._move_out(action)
+            case CancelLeg():
+                abort = worker_pb2.AbortRequests(request_ids=[action.leg_id])
+                self._send(action.worker, worker_pb2.ToEngine(abort=abort))
+            case DropTransfer():
+                drop = worker_pb2.DropTransfer(transfer_id=action.transfer_id)
+                self._send(action.worker, worker_pb2.ToEngine(drop=drop))
+            case StopAwaiting():
+                lost = worker_pb2.SenderLost(transfer_id=action.transfer_id)
+                self._send(action.worker, worker_pb2.ToEngine(sender_lost=lost))
+            case FailRequest():
+                self._fail(action)
+            case Deliver():
+                pass  # `_on_outputs` delivers, as it has the output
 
     def _note_placement(self, request_id: str) -> None:
         placement = self.scheduler.lives[request_id].placement
@@ -412,7 +424,7 @@ class ClusterCore(EveryWorker):
                 self._forget(deliver.request_id)
         if outputs.scheduler_stats is not None:
             worker.stats = outputs.scheduler_stats
-            outputs.scheduler_stats = self._cluster_stats(outputs.scheduler_stats)
+            outputs.scheduler_stats = self.cluster_stats(outputs.scheduler_stats)
         outputs.outputs = delivered
         if delivered or outputs.scheduler_stats is not None:
             self._outputs.put_nowait(outputs)
@@ -464,18 +476,6 @@ class ClusterCore(EveryWorker):
             )
             return 0
         return description.block_size_tokens
-
-    def _cluster_stats(self, latest: SchedulerStats) -> SchedulerStats:
-        """The front end shows one engine: gauges are summed over workers, counters are the
-        reporting worker's, which says everything once."""
-        stats = [worker.stats for worker in self.workers.values()] or [latest]
-        return dataclasses.replace(
-            latest,
-            num_running_reqs=sum(s.num_running_reqs for s in stats),
-            num_waiting_reqs=sum(s.num_waiting_reqs for s in stats),
-            num_skipped_waiting_reqs=sum(s.num_skipped_waiting_reqs for s in stats),
-            kv_cache_usage=sum(s.kv_cache_usage for s in stats) / len(stats),
-        )
 
     def dp_engines_running(self) -> bool:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,18 @@ class EveryWorker(EngineCoreClient):  # type: ignore[misc]
             future.set_exception(RuntimeError(f"{worker.key}: {reply.error}"))
         else:
             future.set_result(msgspec.msgpack.decode(reply.result))
+
+    def cluster_stats(self, latest: SchedulerStats) -> SchedulerStats:
+        """The front end shows one engine: gauges are summed over workers, counters are the
+        reporting worker's, which says everything once."""
+        stats = [worker.stats for worker in self.workers.values()] or [latest]
+        return dataclasses.replace(
+            latest,
+            num_running_reqs=sum(s.num_running_reqs for s in stats),
+            num_waiting_reqs=sum(s.num_waiting_reqs for s in stats),
+            num_skipped_waiting_reqs=sum(s.num_skipped_waiting_reqs for s in stats),
+            kv_cache_usage=sum(s.kv_cache_usage for s in stats) / len(stats),
+        )
 
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
         await self.wait_for_worker()

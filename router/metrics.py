@@ -27,11 +27,12 @@ class RouterMetrics:
         )
         self.refused = Counter(
             "baton_requests_refused",
-            "Requests that were not taken: the queue full, a promise not to be kept, no worker.",
+            "Requests that were not taken: the queue full, a promise not to be kept, no worker, "
+            "a value that no worker can be sent.",
             ["reason"],
             registry=registry,
         )
-        for failure in (Failure.QUEUE_FULL, Failure.SLO, Failure.NO_WORKER):
+        for failure in (Failure.QUEUE_FULL, Failure.SLO, Failure.NO_WORKER, Failure.INVALID):
             self.refused.labels(failure)
         self.handoffs_started = Counter(
             "baton_handoffs_started", "KV hand-offs begun.", registry=registry

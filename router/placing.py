@@ -3,7 +3,8 @@
 `X-Baton-Policy` of a request names the policy that places it, `X-Baton-Class` what it is promised.
 `X-Baton-Placement` of its response says where it went and why: `prefill-0 -> decode-1; shortest
 queues`, and so on, comma-separated, if it held several prompts or asked for several choices. A
-request that finds no place is answered with 429 or 503 and `Retry-After`.
+request that finds no place is answered with 429 or 503 and `Retry-After`, one that no worker can be
+sent with 400.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ _TYPES = {
 
 
 def _refusal(failed: FailRequest) -> JSONResponse:
+    if failed.failure is Failure.INVALID:
+        return _error(400, failed.reason)
     status = 503 if failed.failure in (Failure.NO_WORKER, Failure.STOPPING) else 429
     response = _error(status, f"not taken: {failed.reason}")
     wait_s = min(max(1, math.ceil(failed.retry_after_s)), RETRY_AFTER_MAX_S)

@@ -40,6 +40,8 @@ class Failure(enum.StrEnum):
     QUEUE_FULL = "queue_full"
     SLO = "slo"
     """It would have missed what its class is promised."""
+    INVALID = "invalid"
+    """No worker can be sent it."""
     STOPPING = "stopping"
     """The router ends."""
 

@@ -112,6 +112,24 @@ def test_classes_by_name_and_by_key(bounded: Cluster) -> None:
     assert error["message"] == "no class is called 'best': there are strict, batch"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_number_that_no_worker_can_be_sent_is_the_clients_fault(
+    bounded: Cluster, stream: bool
+) -> None:
+    """And leaves nothing: a worker has room for one request."""
+    messages = [{"role": "user", "content": "a"}]
+    for url, headers, body, name in (
+        ("chat/completions", {"X-Vllm-Priority": "9" * 23}, {"messages": messages}, "priority"),
+        ("completions", {}, {"prompt": "a", "top_k": 10**25}, "top_k"),
+    ):
+        body = {"model": "m", "max_tokens": 8, "stream": stream, **body}
+        answer = httpx.post(f"{bounded.url}/v1/{url}", json=body, headers=headers, timeout=60)
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert error["code"] == 400 and name in error["message"]
+    assert post(bounded, prompt=["a", "b"]).status_code == 200
+
+
 def test_those_who_wait_get_their_answers(bounded: Cluster) -> None:
     """Twenty clients over workers of one place: all are answered, a few at a time."""
     answers: list[int] = []

@@ -11,6 +11,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from cluster.scheduler.life import Failure
 from cluster.scheduler.policies import PolicyOptions, make_policy
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.view import Pool, WorkerKey, WorkerView
@@ -18,6 +19,7 @@ from cluster.wire import worker_pb2
 from router.cluster_core import ClusterCore
 from router.every_worker import ConnectedWorker
 from router.metrics import RouterMetrics
+from router.placing import PLACING, Placing
 
 KEY = WorkerKey("decode-0", "i1")
 
@@ -52,12 +54,19 @@ class Router:
             clock=lambda: self.now_s,
         )
         self.link = Link()
-        description = worker_pb2.WorkerDescription()
-        self.worker = ConnectedWorker(KEY, cast(Any, self.link), description)
-        self.core.workers[KEY] = self.worker
-        self.core.scheduler.on_worker_up(WorkerView(KEY, Pool.DECODE, "m", 1000, 1000))
+        self.worker = self.connect(KEY, self.link)
+
+    def connect(self, key: WorkerKey, link: Link) -> ConnectedWorker:
+        worker = ConnectedWorker(key, cast(Any, link), worker_pb2.WorkerDescription())
+        self.core.workers[key] = worker
+        self.core.scheduler.on_worker_up(WorkerView(key, Pool.DECODE, "m", 1000, 1000))
+        return worker
 
     async def leg_of(self, request_id: str, **params: Any) -> str:
+        await self.add(request_id, **params)
+        return self.link.requests[-1].request_id
+
+    async def add(self, request_id: str, priority: int = 0, **params: Any) -> None:
         sampling = SamplingParams(max_tokens=20, **params)
         await self.core.add_request_async(
             EngineCoreRequest(
@@ -70,9 +79,9 @@ class Router:
                 lora_request=None,
                 cache_salt=None,
                 data_parallel_rank=None,
+                priority=priority,
             )
         )
-        return self.link.requests[-1].request_id
 
     def hears(self, *steps: EngineCoreOutputs) -> None:
         """In one batch."""
@@ -146,11 +155,57 @@ async def test_when_it_stops_what_runs_and_what_waits_fails_and_nothing_is_start
     router = Router()
     router.core.scheduler.view.requests_max = 1
     leg = await router.leg_of("runs")
-    await router.leg_of("waits")
+    await router.add("waits")
     router.core.refuse_all("the router stops")
-    await router.leg_of("comes")
+    await router.add("comes")
     failed = [(name, [], FinishReason.ERROR) for name in ("waits", "runs", "comes")]
     assert texts(await router.passes_on()) == failed
     assert [request.request_id for request in router.link.requests] == [leg]
     assert router.link.aborted == [leg]
     assert not router.core.scheduler.lives and not router.core._requests
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("priority", {"priority": 10**23}),
+        ("top_k", {"top_k": 10**25}),
+        ("stop_token_ids", {"stop_token_ids": [1, -(2**70)]}),
+    ],
+)
+async def test_a_number_that_no_message_holds_is_refused_and_leaves_nothing(
+    name: str, values: dict[str, Any]
+) -> None:
+    router = Router()
+    placing = Placing()
+    token = PLACING.set(placing)
+    await router.add("a", **values)
+    PLACING.reset(token)
+    assert texts(await router.passes_on()) == [("a", [], FinishReason.ERROR)]
+    assert placing.refusal is not None and placing.refusal.failure is Failure.INVALID
+    assert placing.refusal.reason.startswith(f"{name}: ")
+    core = router.core
+    assert not (core.scheduler.lives or core.scheduler.own_load() or core._requests)
+
+
+class LinkThatFails(Link):
+    """For one request."""
+
+    def send(self, message: worker_pb2.ToEngine) -> None:
+        if message.add.leg_id.startswith("a."):
+            raise OverflowError("it is too large")
+        super().send(message)
+
+
+async def test_what_cannot_be_sent_again_fails_and_the_others_go_on() -> None:
+    router = Router()
+    for name in "xayz":
+        await router.leg_of(name)
+    other = LinkThatFails()
+    router.connect(WorkerKey("decode-1", "i1"), other)
+    router.core.remove(KEY)
+    assert texts(await router.passes_on()) == [("a", [], FinishReason.ERROR)]
+    assert [request.request_id[0] for request in other.requests] == ["x", "y", "z"]
+    scheduler = router.core.scheduler
+    assert "".join(scheduler.lives) == "xyz" == "".join(router.core._requests)
+    assert [load.decodes for load in scheduler.own_load().values()] == [3]

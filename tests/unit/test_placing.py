@@ -210,6 +210,7 @@ def test_a_class_called_default_is_that_of_all_others() -> None:
         (Failure.QUEUE_FULL, 0.0, 429, "1"),
         (Failure.QUEUE_FULL, 1e9, 429, "60"),
         (Failure.NO_WORKER, 0.0, 503, "1"),
+        (Failure.STOPPING, 0.0, 503, "1"),
     ],
 )
 @pytest.mark.parametrize("path", ["/whole", "/batch", "/stream", "/fails"])
@@ -228,6 +229,21 @@ def test_a_request_that_is_not_taken_is_told_when_to_come_again(
     error = answer.json()["error"]
     assert error["code"] == status and error["message"] == "not taken: too much to do"
     assert "x-baton-placement" not in answer.headers
+
+
+@pytest.mark.parametrize("path", ["/whole", "/stream", "/fails"])
+def test_a_request_that_no_worker_can_be_sent_is_told_why(
+    client: TestClient, core: FakeCore, path: str
+) -> None:
+    core.refusal = FailRequest("r1", "top_k: too large", Failure.INVALID)
+    answer = client.post(path, content="d0")
+    assert answer.status_code == 400 and "retry-after" not in answer.headers
+    assert answer.json()["error"] == {
+        "message": "top_k: too large",
+        "type": "BadRequestError",
+        "param": None,
+        "code": 400,
+    }
 
 
 async def test_the_body_never_comes_before_the_start() -> None:
