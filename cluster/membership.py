@@ -11,6 +11,8 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import redis.asyncio
 import redis.exceptions
@@ -25,6 +27,17 @@ STOPPED, DRAINED = "it was stopped", "it was drained"
 REDIS_DEADLINE_S = 2.0
 BETWEEN_STARTS_S = 0.001
 REDIS_ERRORS = (redis.exceptions.RedisError, OSError, TimeoutError)
+
+
+class Record(Protocol):
+    """A dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+Text = str | bytes
 
 
 class WorkerState(enum.StrEnum):
@@ -62,11 +75,9 @@ class WorkerRecord:
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    def from_json(text: str | bytes) -> WorkerRecord:
-        values = json.loads(text)
-        return WorkerRecord(
-            **{**values, "pool": Pool(values["pool"]), "state": WorkerState(values["state"])}
-        )
+    def from_json(text: Text) -> WorkerRecord:
+        record = from_json(WorkerRecord, text)
+        return dataclasses.replace(record, pool=Pool(record.pool), state=WorkerState(record.state))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,12 @@ class DesiredPools:
     decode: int
 
 
+def from_json(kind: type[R], text: Text) -> R:
+    """Without fields of a newer version of Baton: processes are upgraded one by one."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in json.loads(text).items() if name in known})
+
+
 def open_redis(url: str) -> redis.asyncio.Redis:
     client: redis.asyncio.Redis = redis.asyncio.from_url(
         url, socket_timeout=REDIS_DEADLINE_S, socket_connect_timeout=REDIS_DEADLINE_S
@@ -120,6 +137,7 @@ class Membership:
         self._redis = client
         self._prefix = f"baton:{cluster}"
         self.lease_s = lease_s
+        self._unreadable: set[str] = set()
 
     async def put_worker(self, record: WorkerRecord) -> bool:
         """Write a worker's record; it vanishes when not written again within the lease. False, and
@@ -128,7 +146,8 @@ class Membership:
 
         async def write(pipe: Pipeline) -> bool:
             held = await pipe.get(key)
-            if held is not None and record.is_superseded_by(WorkerRecord.from_json(held)):
+            other = self._read(key, held, WorkerRecord.from_json)
+            if other is not None and record.is_superseded_by(other):
                 return False
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.set(key, record.to_json(), px=int(self.lease_s * 1000))
@@ -142,15 +161,16 @@ class Membership:
 
         async def remove(pipe: Pipeline) -> None:
             held = await pipe.get(key)
-            if held is not None and WorkerRecord.from_json(held).incarnation == incarnation:
+            record = self._read(key, held, WorkerRecord.from_json)
+            if record is not None and record.incarnation == incarnation:
                 pipe.multi()  # type: ignore[no-untyped-call]
                 pipe.delete(key)
 
         await self._redis.transaction(remove, key)
 
     async def workers(self) -> list[WorkerRecord]:
-        texts = await self._values(f"{self._prefix}:worker:*")
-        return sorted(map(WorkerRecord.from_json, texts), key=lambda record: record.worker_id)
+        records = await self._records(f"{self._prefix}:worker:*", WorkerRecord.from_json)
+        return sorted(records, key=lambda record: record.worker_id)
 
     async def run_id(self) -> str:
         """New at each start of Redis. Empty where Redis does not tell."""
@@ -167,8 +187,8 @@ class Membership:
         )
 
     async def drain_asked(self, worker_id: str) -> DrainRequest | None:
-        text = await self._redis.get(f"{self._prefix}:drain:{worker_id}")
-        return None if text is None else DrainRequest(**json.loads(text))
+        key = f"{self._prefix}:drain:{worker_id}"
+        return self._read(key, await self._redis.get(key), partial(from_json, DrainRequest))
 
     async def put_router(self, record: RouterRecord) -> None:
         key = f"{self._prefix}:router:{record.router_id}"
@@ -180,8 +200,7 @@ class Membership:
         await self._redis.delete(f"{self._prefix}:router:{router_id}")
 
     async def routers(self) -> list[RouterRecord]:
-        texts = await self._values(f"{self._prefix}:router:*")
-        return [RouterRecord(**json.loads(text)) for text in texts]
+        return await self._records(f"{self._prefix}:router:*", partial(from_json, RouterRecord))
 
     async def exchange_loads(
         self, router_id: str, own: str | None, others: Sequence[str]
@@ -215,9 +234,11 @@ class Membership:
 
     async def adapters(self) -> dict[str, AdapterRecord]:
         """The last change of each, by name."""
-        texts = await self._redis.hgetall(f"{self._prefix}:adapters")
-        records = (AdapterRecord(**json.loads(text)) for text in texts.values())
-        return {record.name: record for record in records}
+        key = f"{self._prefix}:adapters"
+        read = partial(from_json, AdapterRecord)
+        texts = await self._redis.hgetall(key)
+        records = (self._read(f"{key}:{name!r}", text, read) for name, text in texts.items())
+        return {record.name: record for record in records if record is not None}
 
     async def _put_adapter(
         self, name: str, decide: Callable[[AdapterRecord | None], AdapterRecord]
@@ -226,7 +247,7 @@ class Membership:
 
         async def put(pipe: Pipeline) -> AdapterRecord:
             text = await pipe.hget(key, name)
-            record = decide(None if text is None else AdapterRecord(**json.loads(text)))
+            record = decide(self._read(key, text, partial(from_json, AdapterRecord)))
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.hset(key, name, json.dumps(dataclasses.asdict(record)))
             return record
@@ -254,14 +275,27 @@ class Membership:
         return float(await self._redis.transaction(put, key, value_from_callable=True))
 
     async def desired(self) -> DesiredPools | None:
-        text = await self._redis.get(f"{self._prefix}:desired")
-        return None if text is None else DesiredPools(**json.loads(text))
+        key = f"{self._prefix}:desired"
+        return self._read(key, await self._redis.get(key), partial(from_json, DesiredPools))
 
-    async def _values(self, pattern: str) -> list[bytes | str]:
+    async def _records(self, pattern: str, read: Callable[[Text], T]) -> list[T]:
         keys = [key async for key in self._redis.scan_iter(match=pattern, count=500)]
-        values = await self._redis.mget(keys) if keys else []
-        # A lease may run out between the two reads.
-        return [value for value in values if value is not None]
+        texts = await self._redis.mget(keys) if keys else []
+        records = (self._read(repr(key), text, read) for key, text in zip(keys, texts, strict=True))
+        return [record for record in records if record is not None]
+
+    def _read(self, key: str, text: Text | None, read: Callable[[Text], T]) -> T | None:
+        """None where there is none, as when a lease has run out between two reads; and where it
+        cannot be read, which is said once."""
+        if text is None:
+            return None
+        try:
+            return read(text)
+        except (TypeError, ValueError, AttributeError) as error:
+            if key not in self._unreadable:
+                logger.warning("what Redis has as %s is left out: %s", key, error)
+                self._unreadable.add(key)
+            return None
 
 
 async def keep_lease(

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from vllm.lora.request import LoRARequest
 
 from cluster.membership import REDIS_ERRORS, AdapterRecord, Membership
+from router.background import repeat
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,7 @@ class SharedAdapters:
         models.resolve_lora = share_and_resolve
 
     async def run(self) -> None:
-        while True:
-            await self._share_if_possible()
-            await asyncio.sleep(LOOK_EVERY_S)
+        await repeat(self._share_if_possible, LOOK_EVERY_S)
 
     async def share(self) -> None:
         """Tell what changed here, and take over what changed elsewhere.

@@ -10,6 +10,7 @@ from functools import partial
 
 import grpc.aio
 
+from cluster.errors import one_line
 from cluster.membership import (
     REDIS_DEADLINE_S,
     REDIS_ERRORS,
@@ -18,7 +19,8 @@ from cluster.membership import (
 )
 from cluster.scheduler.view import Pool, WorkerKey
 from cluster.tasks import ended
-from router.cluster_core import TICK_S, ClusterCore, WrongWorker
+from router.background import repeat
+from router.cluster_core import TICK_S, ClusterCore
 from router.following import Leases, Starts, follow, key_of
 from router.metrics import RouterMetrics
 
@@ -52,28 +54,31 @@ class MemberWatcher:
 
     async def run(self) -> None:
         try:
-            await self._watch()
+            await repeat(self._turn, min(POLL_S, TICK_S))
         finally:
             await ended(*self._connecting.values(), *self._closing)
 
-    async def _watch(self) -> None:
-        while True:
-            try:
-                self.records = self._starts.latest(await self._membership.workers())
-                desired = await self._membership.desired()
-                self.desired = dataclasses.asdict(desired) if desired else {}
-                self._leases.on_read(await self._membership.run_id(), time.monotonic())
-                self.redis_reachable = True
-            except REDIS_ERRORS as error:
-                self._leases.on_failure()
-                if self.redis_reachable:
-                    logger.warning("Redis is out of reach, keeping the workers known: %s", error)
-                self.redis_reachable = False
+    async def _turn(self) -> None:
+        try:
+            await self._read()
             if self.redis_reachable:
                 self._follow(self.records)
+        finally:
             self._core.tick()
             self._measure()
-            await asyncio.sleep(min(POLL_S, TICK_S))
+
+    async def _read(self) -> None:
+        try:
+            self.records = self._starts.latest(await self._membership.workers())
+            desired = await self._membership.desired()
+            self.desired = dataclasses.asdict(desired) if desired else {}
+            self._leases.on_read(await self._membership.run_id(), time.monotonic())
+            self.redis_reachable = True
+        except REDIS_ERRORS as error:
+            self._leases.on_failure()
+            if self.redis_reachable:
+                logger.warning("Redis is out of reach, keeping the workers known: %s", error)
+            self.redis_reachable = False
 
     def _follow(self, records: list[WorkerRecord]) -> None:
         self._records_by_key = {key_of(record): record for record in records}
@@ -111,8 +116,8 @@ class MemberWatcher:
                 # At once, whatever this watcher waits for.
                 lambda reason: self._drop(key, f"its link broke: {reason}"),
             )
-        except (grpc.aio.AioRpcError, WrongWorker) as error:
-            reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
+        except Exception as error:
+            reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else one_line(error)
             # Tried again twice a second: said once.
             if key not in self._unreachable:
                 logger.warning("worker %s does not answer: %s", key, reason)

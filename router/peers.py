@@ -3,7 +3,6 @@ sees all there is on a worker and not only this router's part of it."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from collections.abc import Callable, Mapping
 from cluster.membership import REDIS_ERRORS, Membership
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.view import NOTHING, PlacedLoad, WorkerKey
+from router.background import repeat
 
 EXCHANGE_EVERY_S = 0.1
 LOOK_FOR_ROUTERS_EVERY_S = 0.5
@@ -37,14 +37,15 @@ class Peers:
         self._told: Mapping[WorkerKey, PlacedLoad] = {}
 
     async def run(self) -> None:
-        while True:
-            try:
-                await self._exchange()
-            except REDIS_ERRORS:
-                # The member watcher says so.
-                if self._clock() - self._heard_at_s > self._membership.lease_s:
-                    self._scheduler.on_others({})
-            await asyncio.sleep(EXCHANGE_EVERY_S)
+        await repeat(self._turn, EXCHANGE_EVERY_S)
+
+    async def _turn(self) -> None:
+        try:
+            await self._exchange()
+        except REDIS_ERRORS:
+            # The member watcher says so.
+            if self._clock() - self._heard_at_s > self._membership.lease_s:
+                self._scheduler.on_others({})
 
     async def _exchange(self) -> None:
         now_s = self._clock()

@@ -34,9 +34,9 @@ from cluster.membership import (
 )
 from cluster.scheduler.policies import Policies, PolicyOptions
 from cluster.scheduler.scheduler import Scheduler
-from cluster.tasks import ended
 from cluster.vllm_args import parse_vllm_args
 from router.adapters import SharedAdapters
+from router.background import Background, BackgroundFailed
 from router.classes import Classes
 from router.cluster_core import ClusterCore
 from router.dashboard.routes import dashboard_routes
@@ -56,8 +56,8 @@ async def run_router(settings: RouterSettings) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Raises:
-        BadVllmArguments, BadPolicy, OSError for a port in use, and what vLLM raises for a bad
-        model.
+        BadVllmArguments, BadPolicy, OSError for a port in use, BackgroundFailed, and what vLLM
+        raises for a bad model.
     """
     args = router_args(settings)
     # Bound before anything else is started, so that a port in use is found out at once.
@@ -95,16 +95,15 @@ async def run_router(settings: RouterSettings) -> None:
     membership = Membership(redis, settings.cluster, settings.lease_s)
     watcher = MemberWatcher(membership, core, metrics)
     peers = Peers(membership, scheduler, settings.router_id)
-    background = [
-        asyncio.create_task(watcher.run(), name="members"),
-        asyncio.create_task(peers.run(), name="peers"),
-    ]
+    background = Background()
+    background.start("members", watcher.run())
+    background.start("peers", peers.run())
     try:
         await serve_when_ready(
             settings, args, engine, core, watcher, policies, sock, membership, background
         )
     finally:
-        await ended(*background)
+        await background.end()
         links = [link for key in list(core.workers) if (link := core.remove(key))]
         # The other end may be frozen.
         closing = [asyncio.create_task(link.close()) for link in links]
@@ -124,17 +123,23 @@ async def serve_when_ready(
     policies: Policies,
     sock: socket.socket,
     membership: Membership,
-    background: list[asyncio.Task[None]],
+    background: Background,
 ) -> None:
-    """Wait for the first worker, whose limits the front end needs, then serve."""
+    """Wait for the first worker, whose limits the front end needs, then serve.
+
+    Raises:
+        BackgroundFailed
+    """
     ready = asyncio.create_task(core.wait_for_worker())
     stop = StopSignals()
     stop.listen()
     stopped = asyncio.create_task(stop.asked.wait())
-    await first_of(ready, stopped, *background)
+    await first_of(ready, stopped, *background.tasks)
     if not ready.done():
         ready.cancel()
         stopped.cancel()
+        if problem := background.problem():
+            raise problem
         return
     # vLLM's front end looks at environment variables for each token.
     envs.enable_envs_cache()
@@ -145,7 +150,7 @@ async def serve_when_ready(
     if args.enable_lora:
         adapters = SharedAdapters(membership, app.state.openai_serving_models, core)
         adapters.attach()
-        background.append(asyncio.create_task(adapters.run(), name="adapters"))
+        background.start("adapters", adapters.run())
     dashboard = DashboardSource(settings, core, watcher)
     app.include_router(dashboard_routes(dashboard.state))
     if token := os.environ.get(OPERATOR_TOKEN):
@@ -159,12 +164,11 @@ async def serve_when_ready(
         record = RouterRecord(settings.router_id, settings.url, os.getpid(), len(core.workers))
         await membership.put_router(record)
 
-    lease = asyncio.create_task(
-        keep_lease(write_record, settings.lease_s, watcher.links_changed), name="lease"
-    )
+    lease = Background()
+    lease.start("lease", keep_lease(write_record, settings.lease_s, watcher.links_changed))
 
     async def leave() -> None:
-        await ended(lease)
+        await lease.end()
         with contextlib.suppress(*REDIS_ERRORS):
             await membership.remove_router(settings.router_id)
 
@@ -172,14 +176,21 @@ async def serve_when_ready(
     # It handles signals in its own way, from its first step on.
     await asyncio.sleep(0)
     stop.listen()
-    await first_of(serving, stopped, *background)
+    await first_of(serving, stopped, *background.tasks, *lease.tasks)
+    problem = None
+    if not stopped.done():
+        front_end = BackgroundFailed("vLLM's front end has ended")
+        problem = background.problem() or lease.problem() or front_end
+    timeout_s = 0 if problem else args.shutdown_timeout
     # Others are to know before the last answers have ended.
     leaving = asyncio.create_task(leave())
     if not serving.done():
-        await end_serving(serving, app.state.server, core, stop.insisted, args.shutdown_timeout)
+        await end_serving(serving, app.state.server, core, stop.insisted, timeout_s)
     await leaving
     if serving.done():
         serving.result()
+    if problem:
+        raise problem
 
 
 async def serve(app: FastAPI, args: argparse.Namespace, sock: socket.socket) -> None:

@@ -1,7 +1,8 @@
-"""Routers that are told to stop while they answer, over workers without a model."""
+"""How routers end while they answer, over workers without a model."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import httpx
 import pytest
 import redis
 
+from tests.integration.failing_router import FILE
 from tests.integration.streams import Stream
 from tests.processes import (
     Cluster,
@@ -181,3 +183,34 @@ def test_a_client_that_does_not_read_holds_up_nothing(stubs: Cluster, router_of:
         assert client.recv(100)
         router.popen.send_signal(signal.SIGTERM)
         assert ends(router) == 0, router.output()
+
+
+@pytest.mark.parametrize("when", ["before it serves", "while it serves"])
+def test_what_goes_on_beside_requests_ends_the_router_when_it_ends(
+    stubs: Cluster, tmp_path: Path, when: str
+) -> None:
+    file = tmp_path / "fail"
+    failing = dataclasses.replace(
+        stubs,
+        more_routers=[],
+        router_module="tests.integration.failing_router",
+        router_environment={FILE: str(file)},
+    )
+    try:
+        if when == "before it serves":
+            file.touch()
+            _, router = failing.start_another_router()
+        else:
+            url, router = failing.start_another_router()
+            wait_until_serving(url, router)
+            wait_for_workers(failing, 2, url)
+            stream = started(url, TOKENS_MANY)
+            file.touch()
+            stream.join(DEADLINE_S)
+            assert "Internal server error" in stream.problem
+        assert ends(router) == 1
+    finally:
+        failing.stop()
+    said = [line for line in router.output().splitlines() if line.startswith("baton: ")]
+    assert said == ["baton: the router's task 'members': KeyError: 'nobody expects it'"]
+    assert not is_member(stubs, router.pid)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
+
+import pytest
 
 from cluster.membership import (
     AdapterRecord,
+    DesiredPools,
+    DrainRequest,
     Membership,
+    RouterRecord,
     WorkerRecord,
     WorkerState,
     keep_lease,
+    open_redis,
 )
 from cluster.scheduler.view import Pool
 
@@ -80,3 +87,47 @@ async def test_the_last_change_of_an_adapter_holds(membership: Membership) -> No
     assert await membership.adapters() == {"c": other}
     await membership.restore_adapter(replace(loaded, number=3))
     assert (await membership.adapters())["c"].path == "/c"
+
+
+async def test_what_a_newer_version_writes_is_read_without_what_only_it_knows(
+    membership: Membership, redis_url: str
+) -> None:
+    values = {**json.loads(LATER.to_json()), "mood": "good"}
+    router = {"router_id": "r", "url": "u", "pid": 1, "mood": "good"}
+    adapter = {"name": "a", "path": "p", "mood": "good"}
+    async with open_redis(redis_url) as client:
+        await client.set("baton:c:worker:w", json.dumps(values))
+        await client.set("baton:c:router:r", json.dumps(router))
+        await client.hset("baton:c:adapters", "a", json.dumps(adapter))
+        await client.set("baton:c:desired", '{"prefill": 1, "decode": 2, "mood": 3}')
+        await client.set("baton:c:drain:w", '{"incarnation": "i2", "until_unix_s": 5, "mood": 3}')
+    assert await membership.workers() == [LATER]
+    assert await membership.routers() == [RouterRecord("r", "u", 1)]
+    assert await membership.adapters() == {"a": AdapterRecord("a", "p")}
+    assert await membership.desired() == DesiredPools(1, 2)
+    assert await membership.drain_asked("w") == DrainRequest("i2", 5)
+
+
+UNREADABLE = ("{", "[]", "3", "{}", LATER.to_json().replace('"ready"', '"resting"'))
+
+
+async def test_what_cannot_be_read_is_left_out_and_said_once(
+    membership: Membership, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await membership.put_worker(LATER)
+    async with open_redis(redis_url) as client:
+        for number, text in enumerate(UNREADABLE):
+            await client.set(f"baton:c:worker:{number}", text)
+        await client.set("baton:c:router:r", "{}")
+        await client.hset("baton:c:adapters", "a", "{}")
+        await client.set("baton:c:desired", "{}")
+    for _ in range(2):
+        assert await membership.workers() == [LATER]
+        assert await membership.routers() == []
+        assert await membership.adapters() == {}
+        assert await membership.desired() is None
+    assert len(caplog.messages) == len(UNREADABLE) + 3
+    # Its worker writes it anew.
+    record = replace(LATER, worker_id="0")
+    assert await membership.put_worker(record)
+    assert record in await membership.workers()
