@@ -142,6 +142,13 @@ class ClusterCore(EveryWorker):
             self._carry_out(self.scheduler.on_abort(request_id))
             self._fail(FailRequest(request_id, reason, Failure.STOPPING))
 
+    def why_not_ready(self) -> str:
+        """Why a request that comes now would have to wait for a worker. Empty if it would not."""
+        workers = self.scheduler.view.workers.values()
+        if self._refuses or not workers:
+            return self._refuses or "no worker is in reach"
+        return "all workers drain" if all(worker.draining for worker in workers) else ""
+
     async def get_output_async(self) -> EngineCoreOutputs:
         return await self._outputs.get()
 

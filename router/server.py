@@ -46,6 +46,7 @@ from router.metrics import RouterMetrics
 from router.notice import notice_routes
 from router.peers import Peers
 from router.placing import PlacementHeaders
+from router.readiness import ready_routes
 from router.settings import RouterSettings
 from router.stopping import StopSignals, end_serving, first_of
 
@@ -153,6 +154,7 @@ async def serve_when_ready(
         background.start("adapters", adapters.run())
     dashboard = DashboardSource(settings, core, watcher)
     app.include_router(dashboard_routes(dashboard.state))
+    app.include_router(ready_routes(core))
     if token := os.environ.get(OPERATOR_TOKEN):
         app.include_router(notice_routes(membership, token))
     # Innermost: who may not ask at all is told that first. vLLM has built its stack already.

@@ -443,8 +443,12 @@ def test_router_settings() -> None:
     # Kubernetes expands a variable only if it is defined before.
     names = list(environment)
     assert names.index("REDIS_PASSWORD") < names.index("BATON_REDIS_URL")
-    for probe in ("startupProbe", "readinessProbe"):
-        assert router[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    for probe, path in (
+        ("startupProbe", "/health"),
+        ("livenessProbe", "/health"),
+        ("readinessProbe", "/ready"),
+    ):
+        assert router[probe]["httpGet"] == {"path": path, "port": "http"}
 
 
 def test_running_answers_end_before_the_pod_is_killed() -> None:

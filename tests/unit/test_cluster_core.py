@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
@@ -20,6 +22,7 @@ from router.cluster_core import ClusterCore
 from router.every_worker import ConnectedWorker
 from router.metrics import RouterMetrics
 from router.placing import PLACING, Placing
+from router.readiness import ready_routes
 
 KEY = WorkerKey("decode-0", "i1")
 
@@ -209,3 +212,26 @@ async def test_what_cannot_be_sent_again_fails_and_the_others_go_on() -> None:
     scheduler = router.core.scheduler
     assert "".join(scheduler.lives) == "xyz" == "".join(router.core._requests)
     assert [load.decodes for load in scheduler.own_load().values()] == [3]
+
+
+def test_it_is_ready_while_a_worker_takes_requests() -> None:
+    router = Router()
+    app = FastAPI()
+    app.include_router(ready_routes(router.core))
+    client = TestClient(app)
+
+    def says() -> tuple[int, str]:
+        answer = client.get("/ready")
+        return answer.status_code, answer.json()["reason"]
+
+    assert says() == (200, "")
+    view = router.core.scheduler.view.workers[KEY]
+    view.draining = True
+    assert says() == (503, "all workers drain")
+    view.draining = False
+    router.core.remove(KEY)
+    assert says() == (503, "no worker is in reach")
+    router.connect(KEY, router.link)
+    router.core.refuse_all("the router stops")
+    assert says() == (503, "the router stops")
+    assert not router.core.resources.engine_dead
