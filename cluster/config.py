@@ -24,6 +24,8 @@ CONFIG_FILE = "baton.yaml"
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "recall"
 BUNDLED_MODEL_NAME = "baton-recall"
 OPERATOR_TOKEN = "BATON_OPERATOR_TOKEN"
+ROUTER_SETTINGS = "BATON_ROUTER_SETTINGS"
+"""What a router is told at its start, secrets among it, in JSON."""
 
 
 class BadConfig(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 LINE_LENGTH_MAX = 400
 ERROR_PREFIX = "baton: "
@@ -18,3 +19,8 @@ def one_line(error: BaseException) -> str:
     if "validation error" in text and "Value error, " in text:
         text = text.split("Value error, ", 1)[1].split(" [type=", 1)[0]
     return text if len(text) <= LINE_LENGTH_MAX else text[: LINE_LENGTH_MAX - 1] + "…"
+
+
+def without_password(url: str) -> str:
+    """Of a Redis URL: messages end up in logs."""
+    return re.sub(r"(://[^/@:]*:)[^/]*@", r"\1***@", url)

@@ -6,11 +6,13 @@ import json
 import os
 import sys
 
-from cluster.config import OPERATOR_TOKEN, BatonConfig
+from cluster.config import OPERATOR_TOKEN, ROUTER_SETTINGS, BatonConfig
 from cluster.vllm_args import vllm_args
 
+ROUTER_COMMAND = (sys.executable, "-m", "router")
 
-def router_command(config: BatonConfig, redis_url: str, router_id: str, port: int) -> list[str]:
+
+def router_settings(config: BatonConfig, redis_url: str, router_id: str, port: int) -> str:
     settings = {
         "router_id": router_id,
         "cluster": config.name,
@@ -31,13 +33,16 @@ def router_command(config: BatonConfig, redis_url: str, router_id: str, port: in
         "api_key_classes": config.api_key_classes,
         "adopt_deadline_s": config.handoff.adopt_deadline_s,
     }
-    return [sys.executable, "-m", "router", json.dumps(settings)]
+    return json.dumps(settings)
 
 
-def router_environment(config: BatonConfig) -> dict[str, str]:
-    """A router's arguments can be read by anyone on the machine, its environment cannot."""
+def router_environment(
+    config: BatonConfig, redis_url: str, router_id: str, port: int
+) -> dict[str, str]:
+    """A router's arguments could be read by anyone on the machine, its environment cannot."""
     token = {OPERATOR_TOKEN: config.operator_token} if config.operator_token else {}
-    return {**os.environ, **token}
+    settings = router_settings(config, redis_url, router_id, port)
+    return {**os.environ, **token, ROUTER_SETTINGS: settings}
 
 
 def local_url(host: str, port: int) -> str:

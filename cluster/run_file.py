@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,17 @@ class RunFile:
 
     def write(self) -> None:
         content = {**dataclasses.asdict(self), STARTED: _started(self.pid)}
-        run_file_path(self.name).write_text(json.dumps(content))
+        path = run_file_path(self.name)
+        # For this user only: a Redis URL may have a password, and the folder may be /tmp. mkstemp
+        # makes it so, and replacing fails where another user's file is in the way.
+        descriptor, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(content))
+        try:
+            Path(new).replace(path)
+        except OSError:
+            Path(new).unlink()
+            raise
 
 
 def run_file_path(name: str) -> Path:
@@ -36,7 +47,10 @@ def run_file_path(name: str) -> Path:
 def running(name: str) -> RunFile | None:
     """The `baton up` of this name that runs now on this machine."""
     try:
-        content = json.loads(run_file_path(name).read_text())
+        path = run_file_path(name)
+        if path.stat().st_uid != os.getuid():
+            return None
+        content = json.loads(path.read_text())
         started = content.pop(STARTED)
         run = RunFile(**content)
         return run if _started(run.pid) == started else None

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from cluster.config import BatonConfig, LocalNode
 from cluster.engine_build import on_gpu
-from cluster.errors import ERROR_PREFIX, one_line
+from cluster.errors import ERROR_PREFIX, one_line, without_password
 from cluster.guardian import RUN_VARIABLE
 from cluster.membership import (
     REDIS_ERRORS,
@@ -31,7 +31,7 @@ from cluster.membership import (
 )
 from cluster.processes import adopt_orphans, free_port, reap_children, signals_kept
 from cluster.ray_calls import NAMESPACE, awaited
-from cluster.router_process import local_url, router_command, router_environment
+from cluster.router_process import ROUTER_COMMAND, local_url, router_environment
 from cluster.run_file import RunFile, run_file_path, running
 from cluster.scheduler.view import Pool
 from cluster.vllm_args import flag_value, tensor_parallel, vllm_args
@@ -250,7 +250,9 @@ class Supervisor:
                 break
             except REDIS_ERRORS as error:
                 if time.monotonic() > deadline or self.config.redis_url:
-                    raise StartFailed(f"Redis at {self._redis_url}: {one_line(error)}") from error
+                    raise StartFailed(
+                        f"Redis at {without_password(self._redis_url)}: {one_line(error)}"
+                    ) from error
                 await asyncio.sleep(0.05)
         self._report(Progress("redis", "ready"))
 
@@ -278,10 +280,10 @@ class Supervisor:
         return f"redis://127.0.0.1:{port}/0"
 
     def _start_router(self, index: int) -> subprocess.Popen[bytes]:
-        command = router_command(
+        environment = router_environment(
             self.config, self._redis_url, self._router_ids[index], self._ports[index]
         )
-        return self._spawn(f"router-{index}", command)
+        return self._spawn(f"router-{index}", environment)
 
     def _start_ray(self) -> None:
         # Imported late: it takes a second, and the router should be starting meanwhile.
@@ -430,7 +432,9 @@ class Supervisor:
         try:
             await task
         except REDIS_ERRORS as error:
-            raise StartFailed(f"Redis at {self._redis_url}: {one_line(error)}") from error
+            raise StartFailed(
+                f"Redis at {without_password(self._redis_url)}: {one_line(error)}"
+            ) from error
 
     @property
     def model_name(self) -> str:
@@ -469,13 +473,12 @@ class Supervisor:
         counts = {Pool.PREFILL: self.config.prefill, Pool.DECODE: self.config.decode}
         return [(counts[pool], tensor_parallel(vllm_args(self.config, pool))) for pool in Pool]
 
-    def _spawn(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-        environment = router_environment(self.config)
+    def _spawn(self, name: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         if self.config.verbose:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
+            return subprocess.Popen(ROUTER_COMMAND, stdin=subprocess.DEVNULL, env=environment)
         with (self._folder / f"{name}.log").open("wb") as log:
             return subprocess.Popen(
-                command,
+                ROUTER_COMMAND,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

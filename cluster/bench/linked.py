@@ -32,7 +32,7 @@ from cluster.bench.servers import (
 from cluster.bench.sides import CompareSettings, Report
 from cluster.config import BatonConfig
 from cluster.processes import free_port
-from cluster.router_process import router_command
+from cluster.router_process import ROUTER_COMMAND, router_settings
 from cluster.vllm_args import vllm_args as vllm_args_of
 
 LINK_DEADLINE_S = 20.0
@@ -83,7 +83,7 @@ async def _baton_over(
             start = servers.running(pool, 0, command, [core], {})
             others.append(await stack.enter_async_context(start))
         port = free_port()
-        command = router_command(config, redis_url, "router-0", port)
+        command = [*ROUTER_COMMAND, router_settings(config, redis_url, "router-0", port)]
         start = servers.running("router", port, command, servers.cores, {})
         router = await stack.enter_async_context(start)
         await until_ready(router, "/metrics", WORKERS_METRICS, others)

@@ -34,7 +34,7 @@ from cluster.bench.servers import (
 from cluster.bench.stream_client import Load, Seen, ask_stub
 from cluster.config import BUNDLED_MODEL, BatonConfig, HandoffConfig
 from cluster.processes import free_port
-from cluster.router_process import router_command
+from cluster.router_process import ROUTER_COMMAND, router_settings
 
 TOKENS_PER_S_RATIO_MIN = 0.9
 CLIENT_MODULE = "cluster.bench.stream_client"
@@ -165,7 +165,7 @@ def _baton(
         name=CLUSTER, handoff=HandoffConfig(when="always"), vllm_args=_vllm_args()[2:]
     )
     port = free_port()
-    command = router_command(config, redis_url, "router-0", port)
+    command = [*ROUTER_COMMAND, router_settings(config, redis_url, "router-0", port)]
     return servers.running("baton", port, command, cores, {})
 
 

@@ -12,7 +12,7 @@ from cluster.cli.options import config_options, flags_given
 from cluster.cli.redis_of import redis_of
 from cluster.config import BatonConfig, load_config
 from cluster.draining import GONE_WITHIN_S, NoSuchWorker, NotReady, ask_to_drain
-from cluster.errors import one_line
+from cluster.errors import one_line, without_password
 from cluster.membership import REDIS_ERRORS, Membership, open_redis
 
 POLL_S = 0.25
@@ -51,7 +51,9 @@ def drain(worker: str, deadline: float, **flags: Any) -> None:
     try:
         asyncio.run(_drain(config, redis_url, worker, deadline))
     except REDIS_ERRORS as error:
-        raise click.ClickException(f"Redis at {redis_url}: {one_line(error)}") from error
+        raise click.ClickException(
+            f"Redis at {without_password(redis_url)}: {one_line(error)}"
+        ) from error
 
 
 async def _drain(config: BatonConfig, redis_url: str, worker: str, deadline_s: float) -> None:

@@ -11,7 +11,7 @@ import click
 from cluster.cli.options import config_options
 from cluster.cli.redis_of import redis_of
 from cluster.cli.up import config_given
-from cluster.router_process import router_command, router_environment
+from cluster.router_process import ROUTER_COMMAND, router_environment
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -25,5 +25,6 @@ def router(arguments: tuple[str, ...], **flags: Any) -> None:
     """
     config = config_given(arguments, flags)
     redis_url = redis_of(config)
-    command = router_command(config, redis_url, f"router-{secrets.token_hex(4)}", config.port)
-    os.execve(command[0], command, router_environment(config))
+    router_id = f"router-{secrets.token_hex(4)}"
+    environment = router_environment(config, redis_url, router_id, config.port)
+    os.execve(ROUTER_COMMAND[0], ROUTER_COMMAND, environment)

@@ -14,7 +14,7 @@ from rich.table import Table
 from cluster.cli.options import config_options, flags_given
 from cluster.cli.redis_of import redis_of
 from cluster.config import load_config
-from cluster.errors import one_line
+from cluster.errors import one_line, without_password
 from cluster.membership import (
     REDIS_ERRORS,
     DesiredPools,
@@ -43,7 +43,9 @@ def status(as_json: bool, **flags: Any) -> None:
     try:
         found = asyncio.run(_read(config.name, redis_url, config.lease_s))
     except REDIS_ERRORS as error:
-        raise click.ClickException(f"Redis at {redis_url}: {one_line(error)}") from error
+        raise click.ClickException(
+            f"Redis at {without_password(redis_url)}: {one_line(error)}"
+        ) from error
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(found), indent=2))
     else:

@@ -196,6 +196,15 @@ def test_a_second_one_is_refused(running: Up) -> None:
     assert len(second.stderr.splitlines()) == 1
 
 
+def test_no_command_line_tells_where_redis_is(running: Up, short_tmp: Path) -> None:
+    """Its URL may have a password, as vLLM's arguments may have an API key."""
+    run = run_file.running(running.name)
+    assert run is not None
+    commands = marked_processes(short_tmp)
+    assert any(" -m router" in command for command in commands)
+    assert not [command for command in commands if run.redis_url in command]
+
+
 def test_another_router_joins_and_leaves(running: Up, short_tmp: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     port = url.rsplit(":", 1)[1]

