@@ -15,9 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.controller_settings import ControllerSettings
 from cluster.engine_build import on_gpu
 from cluster.errors import one_line
 from cluster.logs import configure_logs
@@ -60,31 +66,6 @@ ROOM_EVERY_S = 1.0
 HEALTHY_AFTER_S = 60.0
 """A worker that served this long, and was not stuck meanwhile, starts over with the first
 back-off."""
-
-
-@dataclass(frozen=True, slots=True)
-class ControllerSettings:
-    cluster: str
-    redis_url: str
-    lease_s: float
-    stuck_after_s: float
-    preemption_notice_s: float
-    model_path: str
-    vllm_args: dict[str, list[str]]
-    """By pool, as are the ranks that a worker has."""
-    tensor_parallel: dict[str, int]
-    handoff: dict[str, float]
-    prefill_accelerator: str | None
-    decode_accelerator: str | None
-    worker_host: str = ""
-    """Address that workers listen on; empty: their node's."""
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> ControllerSettings:
-        return ControllerSettings(**json.loads(text))
 
 
 @dataclass(slots=True)
@@ -336,6 +317,7 @@ class Controller:
             [bundle], strategy="STRICT_PACK", _soft_target_node_id=slot.placement.node_id
         )
         await asyncio.wait_for(awaited(slot.group.ready()), PLACE_DEADLINE_S)
+        self._see_node(slot)
         actor_class = ray.remote(_import(WORKER_ACTOR))
         slot.actor = actor_class.options(
             name=f"{self._settings.cluster}/{slot.worker_id}/{slot.incarnation}",
@@ -361,6 +343,32 @@ class Controller:
             run.cancel()
             lapsed.cancel()
             await asyncio.gather(run, lapsed, return_exceptions=True)
+
+    def _see_node(self, slot: _Slot) -> None:
+        """Ray takes the node that was chosen as a hint only: somebody else may have been faster."""
+        chosen = slot.placement
+        assert chosen is not None
+        node_id = placement_group_table(slot.group)["bundles_to_node_id"][0]
+        if node_id == chosen.node_id:
+            return
+        nodes, addresses = live_nodes()
+        node = next((node for node in nodes if node.id == node_id), None)
+        if node is None:
+            raise RuntimeError(f"Ray placed it on node {node_id[:8]}, which is gone")
+        pins = self._settings.prefill_accelerator, self._settings.decode_accelerator
+        pin = pins[slot.pool is Pool.DECODE]
+        if pin is not None and node.accelerator != chosen.accelerator:
+            there = node.accelerator or "no accelerator"
+            raise RuntimeError(
+                f"Ray placed it on node {node_id[:8]} with {there}, and it is pinned to {pin}"
+            )
+        reason = (
+            f"node {chosen.node_id[:8]} was chosen ({chosen.reason}), but had no more room when "
+            "Ray placed it"
+        )
+        logger.warning("%s is on node %s: %s", slot.worker_id, node_id[:8], reason)
+        slot.placement = WorkerPlacement(chosen.role, node_id, node.accelerator, reason)
+        slot.node = addresses[node_id]
 
     def _worker_settings(self, slot: _Slot) -> str:
         assert slot.placement is not None

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from cluster.config import BatonConfig, LocalNode
+from cluster.controller_settings import ControllerSettings
 from cluster.engine_build import on_gpu
 from cluster.errors import ERROR_PREFIX, one_line, without_password
 from cluster.guardian import RUN_VARIABLE
@@ -333,7 +334,7 @@ class Supervisor:
                 self._ray_cluster.shutdown()
 
     async def _start_controller(self) -> None:
-        from cluster.controller import ControllerSettings, controller_runs, start_controller
+        from cluster.controller import controller_runs, start_controller
 
         config = self.config
         handoff = config.handoff.model_dump(exclude=ROUTERS_HANDOFF)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ from cluster.config import BUNDLED_MODEL
 from cluster.controller import (
     BACKOFF_MAX_S,
     Controller,
-    ControllerSettings,
     _Slot,
     backoff_after,
 )
+from cluster.controller_settings import ControllerSettings
 from cluster.membership import (
     DRAINED,
     DesiredPools,
@@ -28,7 +29,7 @@ from cluster.membership import (
     WorkerRecord,
     WorkerState,
 )
-from cluster.placement_request import Node
+from cluster.placement_request import Node, WorkerPlacement
 from cluster.scheduler.view import Pool
 from workers.actor import shares_of_cores
 
@@ -316,6 +317,37 @@ def test_a_cluster_starts_whole_or_not_at_all(free: list[Node], later: list[floa
         later[0] += 1
         await placing._reconcile()
         assert placing.running() == ["prefill-0", "decode-0"]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("pin", [None, "H100"])
+def test_a_worker_that_ray_places_elsewhere_is_told_its_own_address(
+    monkeypatch: pytest.MonkeyPatch, pin: str | None
+) -> None:
+    nodes = [Node(name, kind, 1, 1, 1 << 40) for name, kind in (("a" * 9, "H100"), ("b" * 9, "L4"))]
+    addresses = {"a" * 9: "10.0.0.1", "b" * 9: "10.0.0.2"}
+    monkeypatch.setattr(controller, "live_nodes", lambda: (nodes, addresses))
+    placed = {"bundles_to_node_id": {0: "a" * 9}}
+    monkeypatch.setattr(controller, "placement_group_table", lambda group: placed)
+
+    async def play() -> None:
+        kept = Kept()
+        kept._settings = dataclasses.replace(SETTINGS, decode_accelerator=pin)
+        slot = kept._slots["decode-0"]
+        slot.node = "10.0.0.1"
+        slot.placement = WorkerPlacement("decode", "a" * 9, "H100", "the fastest")
+        kept._see_node(slot)
+        assert slot.placement.reason == "the fastest"
+        placed["bundles_to_node_id"][0] = "b" * 9
+        if pin:
+            with pytest.raises(RuntimeError, match="with L4, and it is pinned to H100"):
+                kept._see_node(slot)
+            return
+        kept._see_node(slot)
+        told = json.loads(kept._worker_settings(slot))
+        assert (told["host"], told["node"], told["accelerator"]) == ("10.0.0.2", "b" * 8, "L4")
+        assert "aaaaaaaa was chosen (the fastest)" in told["placement_reason"]
 
     asyncio.run(play())
 
