@@ -4,6 +4,7 @@ in this order of precedence."""
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -251,9 +252,15 @@ def load_config(flags: dict[str, Any]) -> BatonConfig:
         raise BadConfig(f"{file}: {error}") from error
     if config.port + config.routers > 65536:
         raise BadConfig(f"port: there are no {config.routers} ports from {config.port} on")
-    for name in config.api_key_classes.values():
+    for digest, name in config.api_key_classes.items():
         if name not in config.slo_classes:
             raise BadConfig(f"api_key_classes names {name!r}, which is not one of slo_classes")
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            # It may be the key itself, which belongs in no message.
+            raise BadConfig(
+                f"api_key_classes: what has the class {name!r} is not the SHA-256 of an API key, "
+                "64 digits of 0-9 and a-f, as `printf %s KEY | sha256sum` prints it"
+            )
     if config.prefill + config.decode == 0:
         raise BadConfig("prefill and decode are both 0: at least one worker is needed")
     return config

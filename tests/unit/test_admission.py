@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -294,7 +295,12 @@ def test_an_api_key_class_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.chdir(tmp_path)
     classes = {"chat": {"ttft_ms": 250, "priority": 2}}
-    config = load_config({"slo_classes": classes, "api_key_classes": {"00": "chat"}})
+    digest = hashlib.sha256(b"KEY").hexdigest()
+    config = load_config({"slo_classes": classes, "api_key_classes": {digest: "chat"}})
     assert config.slo_classes["chat"].seconds() == {"ttft_s": 0.25, "tpot_s": None, "priority": 2}
     with pytest.raises(BadConfig, match="api_key_classes names 'batch'"):
-        load_config({"slo_classes": classes, "api_key_classes": {"00": "batch"}})
+        load_config({"slo_classes": classes, "api_key_classes": {digest: "batch"}})
+    for wrong in ("sk-secret", digest.upper(), digest[1:], f"{digest}\n", ""):
+        with pytest.raises(BadConfig, match=r"class 'chat' is not .* `printf %s KEY") as error:
+            load_config({"slo_classes": classes, "api_key_classes": {wrong: "chat"}})
+        assert "secret" not in str(error.value)

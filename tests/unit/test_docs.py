@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Counter
+from pydantic import BaseModel
 
 from cluster.cli.options import POSITIONAL, leaves
-from cluster.config import BatonConfig, LocalNode
+from cluster.config import BUNDLED_MODEL_NAME, BatonConfig, LocalNode, SloClassConfig
+from cluster.vllm_args import vllm_args
 from router.metrics import RouterMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -116,11 +118,27 @@ def test_configuration_row(name: str) -> None:
         assert yaml.safe_load(default.strip("`")) == value
 
 
-def test_configuration_of_local_nodes() -> None:
-    rows = table("docs/configuration.md", "## Local nodes")
-    assert list(rows) == list(LocalNode.model_fields)
-    for name, field in LocalNode.model_fields.items():
+@pytest.mark.parametrize(
+    ("heading", "model"),
+    [("## Local nodes", LocalNode), ("## Classes and queues", SloClassConfig)],
+)
+def test_configuration_of_nested_values(heading: str, model: type[BaseModel]) -> None:
+    rows = table("docs/configuration.md", heading)
+    assert list(rows) == list(model.model_fields)
+    for name, field in model.model_fields.items():
         assert rows[name][0].strip("`") == ("none" if field.default is None else str(field.default))
+
+
+def test_configuration_tells_what_vllm_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.vllm_args.on_gpu", lambda: False)
+    section = text("docs/configuration.md").split("\n## What Baton sets for vLLM\n")[1]
+    told = " ".join(section.split("\n## ")[0].split())
+    args = vllm_args(BatonConfig.model_construct())[2:]
+    flags = [i for i, arg in enumerate(args) if arg.startswith("--")]
+    for start, end in zip(flags, [*flags[1:], len(args)], strict=True):
+        if args[start] != "--served-model-name":
+            assert " ".join(args[start:end]) in told
+    assert f"`{BUNDLED_MODEL_NAME}`" in told
 
 
 # --- metrics and the life of a request ------------------------------------------------------------
