@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from vllm.config import VllmConfig
@@ -34,6 +35,7 @@ from cluster.scheduler.life import (
     Failure,
     Finish,
     MoveOut,
+    Path,
     Phase,
     StartDecode,
     StartLocal,
@@ -96,6 +98,7 @@ class ClusterCore(EveryWorker):
         self._clock = clock
         # Bounded by the outputs of the requests in flight.
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._reader: asyncio.Task[Any] | None = None
         self._requests: dict[str, EngineCoreRequest] = {}
         self._placings: dict[str, Placing] = {}
         self._refuses = ""
@@ -129,7 +132,11 @@ class ClusterCore(EveryWorker):
         self._carry_out(self.scheduler.on_arrival(ask, self._clock(), policy))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
+        # Who reads outputs finds stop strings in them; others abort for a client that has left.
+        finish = Finish.STOP if asyncio.current_task() is self._reader else Finish.ABORT
         for request_id in request_ids:
+            if life := self.scheduler.lives.get(request_id):
+                self.tally.request_ended(finish, life.path)
             self._carry_out(self._ended(request_id, self.scheduler.on_abort(request_id)))
 
     def refuse_all(self, reason: str) -> None:
@@ -150,6 +157,7 @@ class ClusterCore(EveryWorker):
         return "all workers drain" if all(worker.draining for worker in workers) else ""
 
     async def get_output_async(self) -> EngineCoreOutputs:
+        self._reader = asyncio.current_task()
         return await self._outputs.get()
 
     # --- workers, called by the membership watcher ------------------------------------------------
@@ -335,14 +343,16 @@ class ClusterCore(EveryWorker):
 
     def _fail(self, failed: FailRequest) -> None:
         request_id = failed.request_id
-        if failed.failure is Failure.LOST:
+        if failed.failure in (Failure.LOST, Failure.STOPPING):
             logger.error("request %s failed: %s", request_id, failed.reason)
+            self.tally.request_ended(Finish.ERROR, Path.KEPT_LOCAL)
         else:
             # Many may be refused when there is too much to do: no time for a line each.
             logger.debug("request %s is refused: %s", request_id, failed.reason)
             self.metrics.refused.labels(failed.failure).inc()
-            if placing := self._placings.get(request_id):
-                placing.refusal = failed
+        placing = self._placings.get(request_id)
+        if placing is not None and failed.failure is not Failure.LOST:
+            placing.refusal = failed
         output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
         self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
         self._forget(request_id)
@@ -372,7 +382,7 @@ class ClusterCore(EveryWorker):
                     outputs = self._decoder.decode(list(message.outputs.outputs))
                     self._on_outputs(worker, outputs, together)
                     if message.outputs.HasField("kv_events"):
-                        self._on_kv_events(worker, message.outputs.kv_events)
+                        self.on_kv_events(worker, message.outputs.kv_events)
                 case "adopted":
                     self._on_adopted(worker, message.adopted)
                 case "moved":
@@ -384,7 +394,7 @@ class ClusterCore(EveryWorker):
                 case "utility":
                     self.on_reply(worker, message.utility)
                 case "kv_events":
-                    self._on_kv_events(worker, message.kv_events)
+                    self.on_kv_events(worker, message.kv_events)
 
     def _on_outputs(
         self, worker: ConnectedWorker, outputs: EngineCoreOutputs, together: Together | None
@@ -426,8 +436,8 @@ class ClusterCore(EveryWorker):
                 delivered.append(output)
             if others:
                 self._carry_out(others)
-            if life.done:
-                self.tally.request_ended(life.path)
+            if deliver.finish is not None:
+                self.tally.request_ended(deliver.finish, life.path)
                 self._forget(deliver.request_id)
         if outputs.scheduler_stats is not None:
             worker.stats = outputs.scheduler_stats
@@ -454,21 +464,6 @@ class ClusterCore(EveryWorker):
             worker.handoff_bytes_in += adopted.bytes
         else:
             logger.warning("%s recomputes %s: %s", worker.key, request_id, adopted.reason)
-
-    def _on_kv_events(self, worker: ConnectedWorker, events: worker_pb2.KvEvents) -> None:
-        prefixes = self.scheduler.prefixes
-        if events.reset:
-            prefixes.reset(worker.key)
-        elif worker.kv_sequence is None:
-            return
-        elif events.sequence != worker.kv_sequence + 1:
-            logger.warning("%s: KV events are missing; asking for all it holds", worker.key)
-            worker.kv_sequence = None
-            worker.link.send(worker_pb2.ToEngine(tell_kv=worker_pb2.TellKv()))
-            return
-        worker.kv_sequence = events.sequence
-        prefixes.removed(worker.key, events.removed)
-        prefixes.stored(worker.key, events.stored)
 
     def _block_tokens(self, key: WorkerKey, description: worker_pb2.WorkerDescription) -> int:
         """0 if what the worker tells of its prefix cache would mean nothing here."""

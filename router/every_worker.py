@@ -1,10 +1,12 @@
-"""Calls of vLLM's front end that are for its engine, and so for every worker."""
+"""The workers there are: calls of vLLM's front end that are for its engine, and so for every worker,
+and what workers say of themselves."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import hashlib
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,8 @@ from cluster.scheduler.view import WorkerKey
 from cluster.wire import worker_pb2
 from router.link import WorkerLink
 from router.other_clock import OtherClock
+
+logger = logging.getLogger(__name__)
 
 UTILITY_DEADLINE_S = 60.0
 
@@ -84,6 +88,21 @@ class EveryWorker(EngineCoreClient):  # type: ignore[misc]
             future.set_exception(RuntimeError(f"{worker.key}: {reply.error}"))
         else:
             future.set_result(msgspec.msgpack.decode(reply.result))
+
+    def on_kv_events(self, worker: ConnectedWorker, events: worker_pb2.KvEvents) -> None:
+        prefixes = self.scheduler.prefixes
+        if events.reset:
+            prefixes.reset(worker.key)
+        elif worker.kv_sequence is None:
+            return
+        elif events.sequence != worker.kv_sequence + 1:
+            logger.warning("%s: KV events are missing; asking for all it holds", worker.key)
+            worker.kv_sequence = None
+            worker.link.send(worker_pb2.ToEngine(tell_kv=worker_pb2.TellKv()))
+            return
+        worker.kv_sequence = events.sequence
+        prefixes.removed(worker.key, events.removed)
+        prefixes.stored(worker.key, events.stored)
 
     def cluster_stats(self, latest: SchedulerStats) -> SchedulerStats:
         """The front end shows one engine: gauges are summed over workers, counters are the

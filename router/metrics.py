@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from cluster.scheduler.life import Failure, Path
+from cluster.scheduler.life import Failure, Finish, Path
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+CUT_SHORT = {Finish.ABORT: "aborted", Finish.ERROR: "failed"}
+"""What requests count as that did not end by themselves."""
 
 
 class RouterMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "baton_requests",
-            "Requests that ended, by the way their prompt's KV came to the worker that decoded.",
+            "Requests that ended, by the way their prompt's KV came to the worker that decoded; or "
+            "that were aborted by their client, or failed.",
             ["path"],
             registry=registry,
         )
-        for path in Path:
+        for path in (*Path, *CUT_SHORT.values()):
             self.requests.labels(path)
         self.placements = Counter(
             "baton_placements",

@@ -6,7 +6,7 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from cluster.scheduler.life import Path
+from cluster.scheduler.life import Finish, Path
 from cluster.wire import worker_pb2
 from router.dashboard.state import (
     RECENT_FIRST_TOKENS,
@@ -14,7 +14,7 @@ from router.dashboard.state import (
     FirstTokenRow,
     HandoffRow,
 )
-from router.metrics import RouterMetrics
+from router.metrics import CUT_SHORT, RouterMetrics
 
 
 @dataclass(slots=True)
@@ -30,7 +30,11 @@ class Tally:
         default_factory=lambda: deque(maxlen=RECENT_FIRST_TOKENS)
     )
 
-    def request_ended(self, path: Path) -> None:
+    def request_ended(self, finish: Finish, path: Path) -> None:
+        """It has been taken: one that is refused has no end to count."""
+        if finish in CUT_SHORT:
+            self.metrics.requests.labels(CUT_SHORT[finish]).inc()
+            return
         self.by_path[path] += 1
         self.metrics.requests.labels(path).inc()
 

@@ -50,11 +50,14 @@ def test_client_that_leaves_ends_its_request_everywhere(cluster: Cluster) -> Non
     async def all_leave() -> None:
         await asyncio.gather(*(leave_after(0.01 + 0.03 * i, i) for i in range(24)))
 
+    aborted = 'baton_requests_total{path="aborted"}'
+    before = metrics(cluster.url)[aborted]
     asyncio.run(all_leave())
     wait_for(
         "the router has no request left",
         lambda: httpx.get(f"{cluster.url}/dashboard/state").json()["requests_running"] == 0,
     )
+    assert metrics(cluster.url)[aborted] > before
     # A worker tells its load with each step: one request more, and the figures are of now.
     ask(cluster.url, "/v1/completions", {"prompt": prompt_of(200, 999), "max_tokens": 3})
     wait_for(
@@ -64,6 +67,19 @@ def test_client_that_leaves_ends_its_request_everywhere(cluster: Cluster) -> Non
             for row in worker_rows(cluster).values()
         ),
     )
+
+
+def test_a_request_that_a_stop_string_ends_counts_as_others_do(cluster: Cluster) -> None:
+    body = {"prompt": prompt_of(50, 77), "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    text = ask(cluster.url, "/v1/completions", body)[1]["choices"][0]["text"]
+    before = metrics(cluster.url)
+    body["stop"] = [text[len(text) // 2 :][:3]]
+    choice = ask(cluster.url, "/v1/completions", body)[1]["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    after = metrics(cluster.url)
+    counted = {name: after[name] - before[name] for name in after if "baton_requests_total" in name}
+    assert counted.pop('baton_requests_total{path="handed_over"}') == 1
+    assert not any(counted.values())
 
 
 def test_hundred_requests_at_once(cluster: Cluster) -> None:

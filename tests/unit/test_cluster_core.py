@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -235,3 +236,41 @@ def test_it_is_ready_while_a_worker_takes_requests() -> None:
     router.core.refuse_all("the router stops")
     assert says() == (503, "the router stops")
     assert not router.core.resources.engine_dead
+
+
+async def test_requests_are_counted_by_how_they_end() -> None:
+    router = Router()
+    core = router.core
+    # As vLLM's front end does: who reads outputs aborts what a stop string in them ends.
+    found_stop: asyncio.Queue[str] = asyncio.Queue()
+
+    async def read() -> None:
+        while True:
+            outputs = await core.get_output_async()
+            ends = [output.request_id for output in outputs.outputs if 9 in output.new_token_ids]
+            await core.abort_requests_async(ends)
+            for request_id in ends:
+                found_stop.put_nowait(request_id)
+
+    reader = asyncio.create_task(read())
+    stops, fails, ends = [await router.leg_of(name, stop=["x"]) for name in ("s", "f", "e")]
+    await router.add("leaves")
+    await router.add("runs")
+    router.hears(step(1.0, EngineCoreOutput(stops, [1])), step(1.1, EngineCoreOutput(stops, [9])))
+    assert await asyncio.wait_for(found_stop.get(), 60) == "s"
+    error, end = FinishReason.ERROR, FinishReason.LENGTH
+    router.hears(step(1.2, EngineCoreOutput(fails, [], finish_reason=error)))
+    router.hears(step(1.3, EngineCoreOutput(ends, [2], finish_reason=end)))
+    # Once, however often it is said.
+    for _ in range(2):
+        await core.abort_requests_async(["leaves", "s"])
+    core.refuse_all("the router stops")
+    reader.cancel()
+    counted = {
+        sample.labels["path"]: sample.value
+        for metric in core.metrics.requests.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total") and sample.value
+    }
+    assert counted == {"kept_local": 2, "aborted": 1, "failed": 2}
+    assert core.tally.by_path == {"kept_local": 2}
