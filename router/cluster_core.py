@@ -216,8 +216,7 @@ class ClusterCore(EveryWorker):
         resumed = self.scheduler.on_worker_lost(key, self._clock())
         self.metrics.resumed.inc(sum(isinstance(a, StartPrefill | StartLocal) for a in resumed))
         self._carry_out(resumed)
-        for call in worker.calls.values():
-            call.cancel()
+        worker.lost()
         return worker.link
 
     def relieve(self, key: WorkerKey, left_s: float) -> None:

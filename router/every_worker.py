@@ -1,5 +1,5 @@
-"""The workers there are: calls of vLLM's front end that are for its engine, and so for every worker,
-and what workers say of themselves."""
+"""The workers there are: calls of vLLM's front end that are for its engine, and so for every
+worker, and what workers say of themselves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from vllm.exceptions import VLLMServerError
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -25,6 +26,10 @@ from router.other_clock import OtherClock
 logger = logging.getLogger(__name__)
 
 UTILITY_DEADLINE_S = 60.0
+
+
+class WorkerLost(VLLMServerError):  # type: ignore[misc]
+    """vLLM's front end answers it with an error object."""
 
 
 @dataclass(slots=True)
@@ -43,6 +48,12 @@ class ConnectedWorker:
     clock: OtherClock = field(default_factory=OtherClock)
     """Its own."""
 
+    def lost(self) -> None:
+        """It answers no call any more."""
+        for call in self.calls.values():
+            if not call.done():
+                call.set_exception(WorkerLost(f"worker {self.key} was lost before it answered"))
+
 
 class EveryWorker(EngineCoreClient):  # type: ignore[misc]
     """The workers there are, and calls to all of them or to those that hold an adapter."""
@@ -59,7 +70,7 @@ class EveryWorker(EngineCoreClient):  # type: ignore[misc]
         await self._worker_up.wait()
 
     async def _call_all(self, method: str, *args: Any) -> list[Any]:
-        """Raises RuntimeError with the first worker's error."""
+        """Raises RuntimeError with the first worker's error, or WorkerLost."""
         if not self.workers:
             raise EngineDeadError()
         return await self._call_each(list(self.workers.values()), method, *args)

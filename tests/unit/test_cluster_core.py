@@ -6,10 +6,12 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -38,6 +40,8 @@ class Link:
     def send(self, message: worker_pb2.ToEngine) -> None:
         if message.HasField("abort"):
             self.aborted.extend(message.abort.request_ids)
+            return
+        if message.HasField("utility"):
             return
         assert message.HasField("add")
         decoder = MsgpackDecoder(EngineCoreRequest)
@@ -274,3 +278,25 @@ async def test_requests_are_counted_by_how_they_end() -> None:
     }
     assert counted == {"kept_local": 2, "aborted": 1, "failed": 2}
     assert core.tally.by_path == {"kept_local": 2}
+
+
+async def test_a_call_that_a_lost_worker_does_not_answer_is_answered_with_an_error_object() -> None:
+    router = Router()
+    app = FastAPI()
+    init_exception_handler(app)
+    app.state.args = SimpleNamespace(log_error_stack=False)
+
+    @app.post("/reset_prefix_cache")
+    async def reset() -> bool:
+        return await router.core.reset_prefix_cache_async()
+
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as client:
+        asking = asyncio.create_task(client.post("/reset_prefix_cache"))
+        while not router.worker.calls:
+            await asyncio.sleep(0)
+        router.core.remove(KEY)
+        answer = await asyncio.wait_for(asking, 60)
+    error = answer.json()["error"]
+    assert answer.status_code == error["code"] == 500
+    assert error["message"] == "worker decode-0/i1 was lost before it answered"
