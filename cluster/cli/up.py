@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from cluster.cli.options import config_options, flags_given
-from cluster.config import BatonConfig, load_config
+from cluster.config import BadConfig, BatonConfig, load_config
 from cluster.supervisor import Progress, Supervisor
 
 
@@ -26,7 +26,9 @@ def up(arguments: tuple[str, ...], **flags: Any) -> None:
     `vllm serve` can follow. Each value can also be set by environment variable (BATON_PORT,
     BATON_HANDOFF__INBOX_BYTES) and in baton.yaml; flags come first, then the environment.
     """
-    asyncio.run(_serve(config_given(arguments, flags)))
+    config = config_given(arguments, flags)
+    _check(config)
+    asyncio.run(_serve(config))
 
 
 def config_given(arguments: tuple[str, ...], flags: dict[str, Any]) -> BatonConfig:
@@ -41,6 +43,16 @@ def config_given(arguments: tuple[str, ...], flags: dict[str, Any]) -> BatonConf
     if rest:
         config = config.model_copy(update={"vllm_args": [*config.vllm_args, *rest]})
     return config
+
+
+def _check(config: BatonConfig) -> None:
+    """That no value would do nothing beside another."""
+    if config.ray_address and config.local_nodes:
+        raise BadConfig("local_nodes: none are started where a Ray cluster is joined (ray_address)")
+    if config.keep_workers and not config.ray_address:
+        raise BadConfig("keep_workers: Ray ends with `baton up` unless one is joined (ray_address)")
+    if config.keep_workers and not config.redis_url:
+        raise BadConfig("keep_workers: the embedded Redis ends with `baton up`: give a redis_url")
 
 
 async def _serve(config: BatonConfig) -> None:
