@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import json
 import signal
 import time
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from cluster.cli.options import config_options, flags_given
 from cluster.config import BadConfig, BatonConfig, load_config
-from cluster.supervisor import Progress, Supervisor
+from cluster.supervisor import Progress, StartFailed, Supervisor
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -28,7 +29,10 @@ def up(arguments: tuple[str, ...], **flags: Any) -> None:
     """
     config = config_given(arguments, flags)
     _check(config)
-    asyncio.run(_serve(config))
+    try:
+        asyncio.run(_serve(config))
+    except StartFailed as error:
+        raise StartFailed(f"{error}{_did_you_mean(str(error))}") from error
 
 
 def config_given(arguments: tuple[str, ...], flags: dict[str, Any]) -> BatonConfig:
@@ -53,6 +57,17 @@ def _check(config: BatonConfig) -> None:
         raise BadConfig("keep_workers: Ray ends with `baton up` unless one is joined (ray_address)")
     if config.keep_workers and not config.redis_url:
         raise BadConfig("keep_workers: the embedded Redis ends with `baton up`: give a redis_url")
+
+
+def _did_you_mean(problem: str) -> str:
+    """A flag that Baton does not have counts as one of vLLM, whose parser refuses it much later."""
+    _, found, words = problem.partition("unrecognized arguments: ")
+    own = [name for option in up.params for name in option.opts if name.startswith("--")]
+    for word in words.split() if found else ():
+        close = difflib.get_close_matches(word.partition("=")[0].replace("_", "-"), own, n=1)
+        if word.startswith("--") and close:
+            return f"; did you mean {close[0]}?"
+    return ""
 
 
 async def _serve(config: BatonConfig) -> None:

@@ -169,6 +169,25 @@ def test_values_that_would_do_nothing_beside_others(baton: Baton, nothing_starts
     assert_one_line(baton("up", kept, *joined), "keep_workers: ", "redis_url")
 
 
+@pytest.mark.parametrize(
+    ("problem", "hint"),
+    [
+        ("unrecognized arguments: --decodes 2", "; did you mean --decode?"),
+        ("unrecognized arguments: x --handof_codec=int8", "; did you mean --handoff-codec?"),
+        ("unrecognized arguments: --no-such-thing", ""),
+        ("argument --decodes: it is wrong", ""),
+    ],
+)
+def test_a_misspelt_flag_is_told_from_one_of_vllm(
+    baton: Baton, monkeypatch: pytest.MonkeyPatch, problem: str, hint: str
+) -> None:
+    async def fail(supervisor: Supervisor) -> None:
+        raise StartFailed(problem)
+
+    monkeypatch.setattr(Supervisor, "__aenter__", fail)
+    assert baton("up").err == f"baton: {problem}{hint}\n"
+
+
 @pytest.mark.parametrize("deadline", ["-1", "nan", "inf", "soon"])
 def test_a_deadline_is_a_number_of_seconds(baton: Baton, deadline: str) -> None:
     said = baton("drain", "decode-0", "--deadline", deadline)
