@@ -11,9 +11,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from vllm.v1.engine import (
@@ -29,6 +29,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.wire import worker_pb2
+from workers.engine_listener import EngineListener
 from workers.kv.codecs import CODEC_NAMES
 from workers.kv.connector import RECEIVE, SEND, connector_of_this_process
 from workers.kv.endpoint import KvEndpoint
@@ -44,34 +45,6 @@ IDLE_STEP_S = 0.001
 """Pause after a step that ran nothing although requests are there."""
 
 SWEEP_EVERY_S = 0.5
-
-HELD_S = 60.0
-"""How long a prompt's beginning is kept for a transfer that nobody comes for."""
-
-
-class EngineListener(Protocol):
-    """What the engine's thread tells; implementations hand it over to their own thread."""
-
-    def on_outputs(
-        self,
-        client: int,
-        outputs: EngineCoreOutputs,
-        load: worker_pb2.WorkerLoad,
-        kv_events: worker_pb2.KvEvents | None = None,
-    ) -> None: ...
-
-    def on_kv_events(
-        self, kv_events: worker_pb2.KvEvents, to: int | None, told: Collection[int] = ()
-    ) -> None:
-        """For client `to`, or for all but those `told` with their outputs."""
-
-    def on_adopted(self, client: int, adopted: worker_pb2.Adopted) -> None: ...
-
-    def on_utility(self, client: int, call_id: int, output: UtilityOutput) -> None: ...
-
-    def on_moved(self, client: int, moved: worker_pb2.MovedOut) -> None: ...
-
-    def on_failed(self, message: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -160,7 +133,7 @@ class EngineHost:
 
     def drop_transfer(self, transfer_id: str) -> None:
         self._endpoint.inbox.drop(transfer_id, "the router gave it up")
-        self._commands.put(lambda: self._release(transfer_id))
+        self._commands.put(lambda: self.held.release(transfer_id))
 
     def sender_lost(self, transfer_id: str) -> None:
         """Do not wait for what has not come of it."""
@@ -169,7 +142,12 @@ class EngineHost:
 
     def hold(self, message: worker_pb2.HoldPrefix) -> None:
         """Keep what the prefix cache has of a prompt whose KV is about to come."""
-        self._commands.put(lambda: self._hold(message))
+        try:
+            prompt: EngineCoreRequest = self._decoder.decode(list(message.request))
+        except Exception:
+            logger.exception("the prompt of transfer %s cannot be read", message.transfer_id)
+            return
+        self._commands.put(lambda: self._hold(message.transfer_id, prompt))
 
     def move_out(self, client: int, move: worker_pb2.MoveOut) -> None:
         self._commands.put(lambda: self._move_out(client, move))
@@ -241,7 +219,7 @@ class EngineHost:
             self._listener.on_kv_events(kv_events, to=None, told=outputs or ())
         self._endpoint.step_ended()
         for transfer_id in self._endpoint.take_released():
-            self._release(transfer_id)
+            self.held.release(transfer_id)
         if not executed and core.scheduler.has_requests():
             time.sleep(IDLE_STEP_S)
 
@@ -295,10 +273,9 @@ class EngineHost:
                 waiting.add.receive.transfer_id,
                 f"the KV was not whole {waiting.add.receive.deadline_s:g} s after the decode leg",
             )
-        self.held.expire(now)
         for transfer_id in self._endpoint.inbox.sweep():
             logger.warning("transfer %s was abandoned and is dropped", transfer_id)
-            self._release(transfer_id)
+        self.held.release_unless(self._endpoint.inbox.needs_held)
 
     def _add(self, client: int, request: EngineCoreRequest, message: worker_pb2.AddRequest) -> None:
         if not message.HasField("receive"):
@@ -315,14 +292,17 @@ class EngineHost:
             lambda settled: self._commands.put(lambda: self._settled(request.request_id, settled)),
         )
 
-    def _hold(self, message: worker_pb2.HoldPrefix) -> None:
-        transfer_id = message.transfer_id
-        request: EngineCoreRequest = self._decoder.decode(list(message.request))
-        tokens = self.held.hold(transfer_id, request, time.monotonic() + HELD_S)
+    def _hold(self, transfer_id: str, prompt: EngineCoreRequest) -> None:
+        try:
+            tokens = self.held.hold(transfer_id, prompt)
+        except Exception:
+            logger.exception("what is cached of transfer %s cannot be looked up", transfer_id)
+            tokens = 0
         if not self._endpoint.inbox.hold(transfer_id, tokens):
-            self._release(transfer_id)
+            self.held.release(transfer_id)
 
-    def _release(self, transfer_id: str) -> None:
+    def _drop(self, transfer_id: str, reason: str) -> None:
+        self._endpoint.inbox.drop(transfer_id, reason)
         self.held.release(transfer_id)
 
     def _settled(self, request_id: str, settled: Settled) -> None:
@@ -331,7 +311,7 @@ class EngineHost:
             return
         reason = settled.reason
         if settled.whole:
-            whole = self._endpoint.inbox.peek(settled.transfer_id)
+            whole = self._endpoint.inbox.admit(settled.transfer_id)
             if whole is None:
                 reason = "the transfer was dropped"
             elif whole.prompt_digest != digest_tokens(waiting.token_ids[: whole.tokens]):
@@ -341,8 +321,7 @@ class EngineHost:
         adopt = "" if reason else settled.transfer_id
         if reason:
             logger.warning("request %s is recomputed: %s", request_id, reason)
-            self._endpoint.inbox.drop(settled.transfer_id, reason)
-            self._release(settled.transfer_id)
+            self._drop(settled.transfer_id, reason)
         self._listener.on_adopted(
             waiting.client,
             worker_pb2.Adopted(
@@ -376,6 +355,8 @@ class EngineHost:
             request, _ = self.core.preprocess_add_request(core_request)
         except Exception:
             logger.exception("request %s cannot be prepared", core_request.request_id)
+            if adopt:
+                self._drop(adopt, "the request cannot be prepared")
             self._finish(client, core_request.request_id, FinishReason.ERROR)
             return
         handoff: dict[str, Any] = {}
@@ -422,14 +403,12 @@ class EngineHost:
         for request_id in request_ids:
             waiting = self._waiting.pop(request_id, None)
             if waiting is not None:
-                self._endpoint.inbox.drop(waiting.add.receive.transfer_id, "the request is aborted")
-                self._release(waiting.add.receive.transfer_id)
+                self._drop(waiting.add.receive.transfer_id, "the request is aborted")
         aborted = set(request_ids)
         for compiling in [c for c in self._compiling if c.request.request_id in aborted]:
             self._compiling.remove(compiling)
             if adopt := (compiling.request.kv_transfer_params or {}).get(RECEIVE):
-                self._endpoint.inbox.drop(adopt, "the request is aborted")
-                self._release(adopt)
+                self._drop(adopt, "the request is aborted")
         self.core.abort_requests(request_ids)
 
     def _move_out(self, client: int, move: worker_pb2.MoveOut) -> None:

@@ -4,8 +4,7 @@ what is kept need not be sent. Touches vLLM's block pool; see tests/integration/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request
@@ -18,25 +17,19 @@ HELD_SHARE_MAX = 0.25
 """Of the cache's blocks. Requests that wait need room to begin, whatever is held for others."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    blocks: Sequence[Any]
-    until_s: float
-
-
 class HeldPrefixes:
     """By transfer. To be called on the engine's thread."""
 
     def __init__(self, core: EngineCore) -> None:
         self._core = core
         self._pool = core.scheduler.kv_cache_manager.block_pool
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Sequence[Any]] = {}
         self._blocks = 0
 
     def holds(self, transfer_id: str) -> bool:
         return transfer_id in self._held
 
-    def hold(self, transfer_id: str, asked: EngineCoreRequest, until_s: float) -> int:
+    def hold(self, transfer_id: str, asked: EngineCoreRequest) -> int:
         """Keep what the cache has of the request's prompt. Returns how many tokens that is."""
         if transfer_id in self._held:
             return 0
@@ -48,17 +41,16 @@ class HeldPrefixes:
             return 0
         self._pool.touch(blocks)
         self._blocks += len(blocks)
-        self._held[transfer_id] = _Held(blocks, until_s)
+        self._held[transfer_id] = blocks
         return int(tokens)
 
     def release(self, transfer_id: str) -> None:
-        held = self._held.pop(transfer_id, None)
-        if held is not None:
-            self._blocks -= len(held.blocks)
+        blocks = self._held.pop(transfer_id, None)
+        if blocks is not None:
+            self._blocks -= len(blocks)
             # In vLLM's own order: the end of a prompt goes before its beginning.
-            self._pool.free_blocks(reversed(held.blocks))
+            self._pool.free_blocks(reversed(blocks))
 
-    def expire(self, now_s: float) -> None:
-        """Release what nobody came for."""
-        for transfer_id in [t for t, held in self._held.items() if now_s > held.until_s]:
+    def release_unless(self, needs: Callable[[str], bool]) -> None:
+        for transfer_id in [t for t in self._held if not needs(t)]:
             self.release(transfer_id)

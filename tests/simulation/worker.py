@@ -287,7 +287,7 @@ class SimWorker(Node):
 
     def _settled(self, leg: SimLeg, how: Settled) -> None:
         transfer_id, leg.waits_for = leg.waits_for, ""
-        whole = self.inbox.peek(transfer_id) if how.whole else None
+        whole = self.inbox.admit(transfer_id) if how.whole else None
         if whole is not None and whole[1] == digest_of(leg.spec.text):
             leg.adopts = transfer_id
         else:

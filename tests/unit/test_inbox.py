@@ -67,6 +67,28 @@ def test_what_is_whole_waits_less_for_its_router() -> None:
     assert inbox.bytes_held == 2 * WHOLE_BYTES
 
 
+def test_what_is_in_the_engines_queue_stays_until_it_is_taken() -> None:
+    clock = Clock()
+    inbox = Inbox(GEOMETRY, HERE, 10 * WHOLE_BYTES, MAX_IDLE_S, clock, max_unclaimed_s=3.0)
+    for transfer_id in ("taken", "dropped"):
+        receive_all(inbox, open_frame(transfer_id), *kv_frames(transfer_id))
+        assert inbox.admit(transfer_id) == (TOKENS, b"digest", 0)
+    clock.now_s += 5 * MAX_IDLE_S
+    assert inbox.sweep() == []
+    assert inbox.take("taken") is not None
+    inbox.drop("dropped", "the request is aborted")
+    assert (inbox.bytes_held, inbox.transfers_held) == (0, 0)
+
+
+def test_only_what_is_whole_is_admitted() -> None:
+    clock = Clock()
+    inbox = make_inbox(clock=clock)
+    receive_all(inbox, open_frame(), kv_frame(layer=0))
+    assert inbox.admit("t") is inbox.admit("unknown") is None
+    clock.now_s += MAX_IDLE_S + 0.1
+    assert inbox.sweep() == ["t"]
+
+
 @pytest.mark.parametrize("touch", ["frame", "claim"])
 def test_what_is_touched_is_not_idle(touch: str) -> None:
     clock = Clock()
@@ -376,6 +398,39 @@ def test_who_waits_for_what_is_held_is_in_nobodys_way() -> None:
     given: list[str] = []
     inbox.await_credit("quick", given.append)
     assert given == [""]
+
+
+def test_a_prompt_that_waits_long_to_be_computed_comes_without_what_was_held() -> None:
+    clock = Clock()
+    inbox, told = make_inbox(clock=clock), list[str]()
+    assert inbox.hold("t", HELD_TOKENS) and inbox.needs_held("t")
+    clock.now_s += MAX_IDLE_S + 0.1
+    assert inbox.sweep() == []
+    assert inbox.transfers_held == 0 and not inbox.needs_held("t")
+    inbox.receive(open_frame(expects_held=True))
+    inbox.await_credit("t", told.append)
+    # As the service says it for an engine that does not.
+    assert inbox.hold("t", 0) and told == [""]
+    receive_all(inbox, *kv_frames())
+    assert inbox.peek("t") == (TOKENS, b"digest", 0)
+
+
+def test_what_is_held_is_needed_until_its_transfer_ends() -> None:
+    clock = Clock()
+    inbox = make_inbox(clock=clock)
+    for transfer_id in ("fails", "is whole"):
+        inbox.hold(transfer_id, HELD_TOKENS)
+        inbox.receive(open_frame(transfer_id, expects_held=True))
+    clock.now_s += MAX_IDLE_S
+    receive_all(inbox, *kv_frames("is whole"))
+    inbox.receive(abort_frame("fails"))
+    assert not inbox.needs_held("fails")
+    assert inbox.admit("is whole") == (TOKENS, b"digest", HELD_TOKENS)
+    clock.now_s += 5 * MAX_IDLE_S
+    inbox.sweep()
+    assert inbox.needs_held("is whole")
+    inbox.take("is whole")
+    assert not inbox.needs_held("is whole")
 
 
 # --- threads ----------------------------------------------------------------------------------

@@ -39,8 +39,9 @@ class Inbox:
 
     `max_idle_s` bounds how long a transfer stays without a frame, a claim or an adoption, and
     `max_unclaimed_s` how long one does that is whole and was never claimed: its sender or its
-    router is gone. Callbacks come without the lock, on the thread that made the
-    change. With `shared`, payloads are kept where other processes can map them.
+    router is gone. One that is admitted stays until it is taken or dropped. Callbacks come without
+    the lock, on the thread that made the change. With `shared`, payloads are kept where other
+    processes can map them.
     """
 
     def __init__(
@@ -176,11 +177,22 @@ class Inbox:
         """None if not all is here."""
         with self._lock:
             transfer = self._transfers.get(transfer_id)
-            if transfer is None or transfer.state is not TransferState.WHOLE:
-                return None
-            assert transfer.open is not None
-            opened = transfer.open
-            return Whole(opened.tokens, opened.prompt_digest, transfer.held_tokens or 0)
+            return transfer.whole() if transfer else None
+
+    def admit(self, transfer_id: str) -> Whole | None:
+        """As `peek`. Its decode leg goes into the engine's queue, however long that is."""
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+            whole = transfer.whole() if transfer else None
+            if transfer is not None and whole is not None:
+                transfer.admitted = True
+            return whole
+
+    def needs_held(self, transfer_id: str) -> bool:
+        """What is held for it may be of use yet."""
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+            return transfer is not None and transfer.state is not TransferState.FAILED
 
     def take(self, transfer_id: str) -> dict[int, list[Frame]] | None:
         """The frames of a whole transfer by layer; the inbox holds nothing of it afterwards."""
@@ -226,10 +238,14 @@ class Inbox:
     def sweep(self) -> list[str]:
         """Fail and forget transfers that nobody touched in time. Returns their ids."""
         now = self._clock()
-        with self._lock:
+        with self._changing():
             idle = [
                 t for t in self._transfers.values() if now - t.changed_at_s > self._may_idle_s(t)
             ]
+            # Its prompt may still wait to be computed: the transfer comes then, without a hold.
+            for transfer in [t for t in idle if t.is_only_held]:
+                idle.remove(transfer)
+                self._forget(transfer)
             for old in [i for i, at in self._over.items() if now - at > 4 * self._max_idle_s]:
                 del self._over[old]
         for transfer in idle:
@@ -238,6 +254,8 @@ class Inbox:
         return [transfer.transfer_id for transfer in idle]
 
     def _may_idle_s(self, transfer: Incoming) -> float:
+        if transfer.admitted:
+            return math.inf
         unclaimed = transfer.state is TransferState.WHOLE and transfer.expected_sender is None
         return self._max_unclaimed_s if unclaimed else self._max_idle_s
 
@@ -343,7 +361,7 @@ class Inbox:
         self._give_credit()
 
     def _forget(self, transfer: Incoming) -> None:
-        """One that is whole or has failed."""
+        """One that is whole, has failed, or is only held."""
         del self._transfers[transfer.transfer_id]
         self._failed.pop(transfer.transfer_id, None)
         self._bytes -= transfer.bytes

@@ -119,6 +119,14 @@ class Incoming:
     """Where the payloads are, if not in `frames`."""
     on_settled: Callable[[Settled], None] | None = None
     expected_sender: tuple[str, str] | None = None
+    admitted: bool = False
+    """Its decode leg is in the engine's queue."""
+
+    @property
+    def is_only_held(self) -> bool:
+        """Neither opened nor claimed."""
+        fresh = self.open is None and self.state is TransferState.ARRIVING
+        return fresh and self.expected_sender is None
 
     def settled(self) -> Settled:
         if self.state is not TransferState.WHOLE:
@@ -139,6 +147,12 @@ class Incoming:
             instead_of=self.open.instead_of,
             codec=self.codec,
         )
+
+    def whole(self) -> Whole | None:
+        if self.state is not TransferState.WHOLE:
+            return None
+        assert self.open is not None
+        return Whole(self.open.tokens, self.open.prompt_digest, self.held_tokens or 0)
 
     def part_has_come(self, heads: range) -> bool:
         """All of the part that these KV heads belong to."""
