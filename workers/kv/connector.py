@@ -153,15 +153,17 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
             return
         # Its blocks are the request's own from here on.
         self._endpoint.release_held(transfer_id)
-        if num_external_tokens > 0:
-            self._loads.append(
-                Load(
-                    transfer_id=transfer_id,
-                    block_ids=list(blocks.get_block_ids()[0]),
-                    first_token=self._end_of_adoptable(request) - num_external_tokens,
-                    tokens=num_external_tokens,
-                )
+        if num_external_tokens == 0:
+            self._endpoint.inbox.drop(transfer_id, "nothing of it is to be loaded")
+            return
+        self._loads.append(
+            Load(
+                transfer_id=transfer_id,
+                block_ids=list(blocks.get_block_ids()[0]),
+                first_token=self._end_of_adoptable(request) - num_external_tokens,
+                tokens=num_external_tokens,
             )
+        )
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepHandoffs:
         loads, self._loads = self._loads, []
