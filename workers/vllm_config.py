@@ -14,6 +14,7 @@ import torch
 import vllm
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
@@ -25,6 +26,17 @@ from workers.kv.ranks import part_of
 from workers.kv_events import events_config
 
 WEIGHT_SAMPLE_BYTES = 1 << 20
+
+NOT_SPLIT = {
+    "pipeline_parallel_size": "use --tensor-parallel-size",
+    "prefill_context_parallel_size": "use --tensor-parallel-size",
+    "decode_context_parallel_size": "use --tensor-parallel-size",
+    "data_parallel_size": "use more workers",
+}
+"""Arguments that spread a model in ways that Baton does not know, and what to do instead."""
+
+DRAFTS_WITHOUT_KV = frozenset(("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"))
+"""Speculative methods whose drafts keep no KV beside the model's own."""
 
 
 class UnsupportedModel(Exception):
@@ -38,10 +50,10 @@ def engine_config(vllm_args: Sequence[str], endpoint: str) -> VllmConfig:
         UnsupportedModel, and whatever vLLM raises for a bad model or value.
     """
     args = AsyncEngineArgs.from_cli_args(parse_vllm_args(vllm_args))
-    if args.pipeline_parallel_size > 1:
-        raise UnsupportedModel(
-            "--pipeline-parallel-size above 1 is not supported: use --tensor-parallel-size"
-        )
+    for name, instead in NOT_SPLIT.items():
+        if getattr(args, name) > 1:
+            option = name.replace("_", "-")
+            raise UnsupportedModel(f"--{option} above 1 is not supported: {instead}")
     if args.tensor_parallel_size > 1:
         # On the worker's node, whoever started it: Ray would place ranks elsewhere.
         args.distributed_executor_backend = "mp"
@@ -59,6 +71,12 @@ def engine_config(vllm_args: Sequence[str], endpoint: str) -> VllmConfig:
         raise UnsupportedModel(
             f"{model.model}: only models whose every layer keeps keys and values of all tokens "
             "can be handed over (no Mamba, MLA or encoder-decoder models yet)"
+        )
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method not in DRAFTS_WITHOUT_KV:
+        raise UnsupportedModel(
+            f"--speculative-config: drafts by {speculative.method!r} have KV of their own, which "
+            f"is not handed over; those by {', '.join(sorted(DRAFTS_WITHOUT_KV))} have none"
         )
     try:
         part_of(model.get_total_num_kv_heads(), args.tensor_parallel_size, rank=0)
@@ -88,13 +106,23 @@ def fingerprint(config: VllmConfig) -> worker_pb2.Fingerprint:
         revision=str(model.revision or ""),
         weights=weights_digest(model.model, model.hf_config),
         dtype=str(model.dtype),
-        kv_dtype=str(kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)),
+        kv_dtype=kv_format(config.cache_config.cache_dtype, model),
         layers=shape.layers,
         kv_heads=shape.heads,
         head_size=shape.head_size,
         vllm_version=vllm.__version__,
         baton_version=importlib.metadata.version("baton"),
     )
+
+
+def kv_format(cache_dtype: str, model: Any) -> str:
+    """What the cache's bytes mean, which their storage does not tell: vLLM keeps all fp8 formats
+    and others as bytes."""
+    if cache_dtype in ("auto", "float16", "bfloat16"):
+        return str(kv_cache_dtype_str_to_dtype(cache_dtype, model))
+    name = "fp8_e4m3" if cache_dtype == "fp8" else cache_dtype
+    # Some AMD accelerators have a format of their own under this name.
+    return f"{name}fnuz" if name == "fp8_e4m3" and current_platform.is_fp8_fnuz() else name
 
 
 def weights_digest(model: str, hf_config: Any) -> str:

@@ -14,7 +14,7 @@ import re
 import tempfile
 from multiprocessing import resource_tracker
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -38,7 +38,13 @@ from workers.kv.layout import paged_layer
 from workers.kv.ranks import Part, part_of
 from workers.kv.service import fingerprint_mismatch
 from workers.kv_events import KvEventCollector
-from workers.vllm_config import engine_config, fingerprint, geometry
+from workers.vllm_config import (
+    DRAFTS_WITHOUT_KV,
+    UnsupportedModel,
+    engine_config,
+    fingerprint,
+    geometry,
+)
 from workers.vllm_names import tolerate_lost_names
 from workers.vllm_resume import CpuGenerator
 
@@ -80,6 +86,53 @@ def test_ranks_change_nothing_that_a_pair_compares() -> None:
     heads = two.model_config.get_num_kv_heads(two.parallel_config)
     assert part_of(geometry(two).heads, 2, 1) == Part(heads, heads, sends=True)
     assert two.parallel_config.distributed_executor_backend == "mp"
+
+
+def test_fp8_formats_are_told_apart() -> None:
+    auto, fp8, e4m3, e5m2 = (
+        fingerprint(engine_config([*BUNDLED, "--kv-cache-dtype", name], "endpoint"))
+        for name in ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
+    )
+    assert fp8 == e4m3
+    assert fingerprint_mismatch(e4m3, e5m2) == (
+        "kv_dtype is 'fp8_e5m2' at the sender and 'fp8_e4m3' at the receiver"
+    )
+    assert auto.kv_dtype == auto.dtype == "torch.bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size above 1 is not supported"),
+        (["--decode-context-parallel-size", "2"], "--decode-context-parallel-size above 1"),
+        (["--prefill-context-parallel-size", "2"], "--prefill-context-parallel-size above 1"),
+        (["--data-parallel-size", "2"], "not supported: use more workers"),
+        (
+            [
+                "--speculative-config",
+                f'{{"method": "draft_model", "model": "{BUNDLED_MODEL}", '
+                '"num_speculative_tokens": 3}',
+            ],
+            "drafts by 'draft_model' have KV of their own",
+        ),
+    ],
+)
+def test_what_cannot_be_handed_over_is_refused_before_anything_is_loaded(
+    args: list[str], why: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=why):
+        engine_config([*BUNDLED, *args], "endpoint")
+
+
+def test_every_way_to_draft_is_known() -> None:
+    """One that is new is refused until it is looked at."""
+    from vllm.config import speculative
+
+    known = set(get_args(speculative.NgramGPUTypes)) | {"ngram", "suffix"}
+    assert known | {"medusa", "mlp_speculator"} == DRAFTS_WITHOUT_KV
+    assert {"ngram", "suffix", "medusa", "mlp_speculator"} <= set(
+        get_args(speculative.SpeculativeMethod)
+    )
 
 
 @pytest.mark.parametrize("block_size", [32, 128])

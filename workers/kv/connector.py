@@ -30,7 +30,8 @@ from workers.kv.codecs import CODABLE, group_codec
 from workers.kv.endpoint import ENDPOINT_KEY, KvEndpoint, published
 from workers.kv.frames import checksum, digest_tokens
 from workers.kv.incoming import Whole
-from workers.kv.layout import PagedLayer, frame_ranges, paged_layer
+from workers.kv.layers import KernelBlocks, model_layers
+from workers.kv.layout import PagedLayer, frame_ranges
 from workers.kv.ranks import RANKS_KEY, RankEndpoint, RankSettings, enter_rank
 from workers.kv.shared import SharedFrames, SharedMemory
 from workers.kv.transfer import FRAME_BYTES_MAX
@@ -122,6 +123,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """To the ranks, by each step whose outputs are not here yet."""
         self._sending: dict[str, _Sending] = {}
         self._layers: dict[int, PagedLayer] = {}
+        self._blocks: KernelBlocks
         self._failed_block_ids: set[int] = set()
 
     @property
@@ -264,14 +266,23 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         geometry = self._runner.geometry
         codec = group_codec(self._runner.codec)
-        for name, cache in kv_caches.items():
+        for cache in kv_caches.values():
             if codec is not None and cache.dtype not in CODABLE:
                 raise ValueError(
                     f"handoff.codec: the KV cache is of {cache.dtype}, which goes only as it is: "
                     "set it to 'none'"
                 )
-            layer = paged_layer(cache, geometry.heads, geometry.head_size)
-            self._layers[extract_layer_index(name)] = layer
+        self._layers = model_layers(kv_caches, geometry)
+        scheduled = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self._blocks = KernelBlocks(scheduled, self._layers)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        assert isinstance(connector_metadata, StepHandoffs)
+        saves = [
+            replace(save, block_ids=self._blocks.of(save.block_ids))
+            for save in connector_metadata.saves
+        ]
+        super().bind_connector_metadata(replace(connector_metadata, saves=saves))
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         for load in self._step().loads:
@@ -280,6 +291,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 # Dropped since it was scheduled: vLLM recomputes these blocks.
                 self._failed_block_ids.update(load.block_ids)
                 continue
+            load = replace(load, block_ids=self._blocks.of(load.block_ids))
             for kv, payload in frames:
                 self._adopt(load, self._layers[kv.layer], kv, payload)
         if isinstance(self._runner, RankEndpoint):
@@ -322,7 +334,8 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> None:
         """Push the KV of a request that runs, between two steps: prompt and output alike."""
         self._endpoint.begin(send.transfer_id)
-        self._push_all(Save(send, token_ids, block_ids, 0, len(token_ids), overlaps=False))
+        blocks = self._blocks.of(block_ids)
+        self._push_all(Save(send, token_ids, blocks, 0, len(token_ids), overlaps=False))
 
     def shutdown(self) -> None:
         # A worker that runs the model itself closes its endpoint itself.
