@@ -1,4 +1,4 @@
-"""The controller: a named Ray actor that keeps worker actors to match the desired pools."""
+"""The controller keeps worker actors to match the desired pools."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class _Slot:
 
 
 class Controller:
-    """Run it as an actor: `start_controller`. `loop` runs until `stop` is called."""
+    """Run it as an actor, see `cluster/controller_actor.py`, until `stop` is called."""
 
     def __init__(self, settings_json: str) -> None:
         configure_logs()
@@ -188,11 +188,24 @@ class Controller:
             await self._retire(self._slots.pop(worker_id))
         for worker_id, pool in wanted.items():
             self._slots.setdefault(worker_id, _Slot(worker_id, pool))
-        now = time.monotonic()
-        due = [s for s in self._slots.values() if s.task is None and now >= s.retry_at_s]
+        due = self._due()
         if due:
             await self._start(due)
         await self._roll()
+
+    def _due(self) -> list[_Slot]:
+        """Those to be started now. Who waits for room leaves it to the other pool's only worker,
+        while that one waits out its back-off."""
+        now = time.monotonic()
+        slots = self._slots.values()
+        due = [slot for slot in slots if slot.task is None and now >= slot.retry_at_s]
+        alive = {slot.pool for slot in slots if slot.task is not None}
+        back_soon = {
+            slot.pool
+            for slot in slots
+            if slot not in due and slot.task is None and not slot.unplaced
+        }
+        return [slot for slot in due if not (slot.unplaced and back_soon - alive - {slot.pool})]
 
     async def _roll(self) -> None:
         """Have a worker with older settings drained, if all others serve."""
@@ -229,7 +242,9 @@ class Controller:
             placements = place(nodes, request)
         except NotEnoughCapacity as error:
             shortage = str(error)
-            placements = place(nodes, fitting(nodes, request)) if some_ran else []
+            alive = Counter(slot.pool for slot in self._slots.values() if slot.task is not None)
+            fits = fitting(nodes, request, (alive[Pool.PREFILL], alive[Pool.DECODE]))
+            placements = place(nodes, fits) if some_ran else []
         self._problem = shortage
         started_unix_s = await self._start_time() if placements else 0.0
         for placement in placements:
@@ -443,41 +458,6 @@ class Controller:
         )
         with contextlib.suppress(*REDIS_ERRORS):
             await self._membership.put_worker(record)
-
-
-async def start_controller(
-    settings: ControllerSettings, prefill: int, decode: int, keep: bool
-) -> Any:
-    """The cluster's controller, started if it does not run yet: there is one, whoever asks.
-
-    keep: it and the workers outlive this process; `baton down` stops them.
-    """
-    actor = (
-        ray.remote(Controller)
-        .options(
-            name=controller_name(settings.cluster),
-            namespace=NAMESPACE,
-            get_if_exists=True,
-            lifetime="detached" if keep else None,
-            num_cpus=0,
-            max_concurrency=32,
-        )
-        .remote(settings.to_json())
-    )
-    await awaited(actor.start.remote(settings.to_json(), prefill, decode))
-    return actor
-
-
-def controller_runs(cluster: str) -> bool:
-    try:
-        ray.get_actor(controller_name(cluster), namespace=NAMESPACE)
-    except ValueError:
-        return False
-    return True
-
-
-def controller_name(cluster: str) -> str:
-    return f"{cluster}/controller"
 
 
 def backoff_after(starts: int) -> float:

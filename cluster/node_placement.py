@@ -35,6 +35,8 @@ def place(
 
     Raises NotEnoughCapacity if the workers do not all fit.
     """
+    if request.prefill_workers + request.decode_workers == 0:
+        return []
     known = catalogue or Catalogue.load()
     ordered = sorted(nodes, key=lambda node: node.id)
     if len({node.id for node in ordered}) < len(ordered):
@@ -54,16 +56,22 @@ def place(
 
 
 def fitting(
-    nodes: Iterable[Node], request: PlacementRequest, catalogue: Catalogue | None = None
+    nodes: Iterable[Node],
+    request: PlacementRequest,
+    running: tuple[int, int] = (0, 0),
+    catalogue: Catalogue | None = None,
 ) -> PlacementRequest:
-    """As many of the workers as fit together; of equally many, as many of one role as of the
-    other."""
+    """As many of the workers as fit together; of equally many, those that leave the smaller pool
+    largest, with the prefill and decode workers that run already."""
     ordered = sorted(nodes, key=lambda node: node.id)
     kinds = kinds_of(ordered, request, catalogue or Catalogue.load())
     room = _join_all((_frontier(kind, request) for kind in kinds), request)
-    prefill = max(
-        range(len(room)), key=lambda count: (count + room[count], min(count, room[count]))
-    )
+
+    def worth(prefill: int) -> tuple[int, int]:
+        decode = room[prefill]
+        return prefill + decode, min(running[0] + prefill, running[1] + decode)
+
+    prefill = max(range(len(room)), key=worth)
     return replace(request, prefill_workers=prefill, decode_workers=room[prefill])
 
 

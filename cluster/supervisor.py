@@ -334,7 +334,7 @@ class Supervisor:
                 self._ray_cluster.shutdown()
 
     async def _start_controller(self) -> None:
-        from cluster.controller import controller_runs, start_controller
+        from cluster.controller_actor import controller_runs, start_controller
 
         config = self.config
         handoff = config.handoff.model_dump(exclude=ROUTERS_HANDOFF)

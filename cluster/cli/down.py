@@ -53,7 +53,7 @@ def _stop_kept_workers(name: str, ray_address: str | None) -> bool:
         return False
     import ray
 
-    from cluster.controller import controller_name
+    from cluster.controller_actor import controller_name
     from cluster.ray_calls import NAMESPACE
 
     ray.init(address=ray_address, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False)

@@ -240,7 +240,7 @@ class Placing(Kept):
 
     def lose(self, *worker_ids: str) -> None:
         for worker_id in worker_ids:
-            slot, _ = self._slots[worker_id], self.members.records.pop(worker_id)
+            slot, _ = self._slots[worker_id], self.members.records.pop(worker_id, None)
             slot.task, slot.failure, slot.retry_at_s = None, "its node is gone", 0.0
 
     def running(self) -> list[str]:
@@ -299,6 +299,41 @@ def test_a_model_that_only_vllm_understands_is_placed(
         placement = placing._slots["decode-0"].placement
         assert placement is not None
         assert "the model's config has no hidden_size" in placement.reason
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("backs_off", [True, False])
+def test_one_that_waits_for_room_does_not_take_a_pools_last(
+    free: list[Node], later: list[float], backs_off: bool
+) -> None:
+    async def play() -> None:
+        placing = Placing()
+        placing._desired = DesiredPools(1, 2)
+        await placing._reconcile()
+        assert placing._slots["decode-1"].unplaced
+        node = Node("a", None, 0, 1, 1 << 40)
+        free.append(node)
+        later[0] += 1
+        placing.lose("prefill-0")
+        placing._slots["prefill-0"].retry_at_s = time.monotonic() + 5 * backs_off
+        await placing._reconcile()
+        assert ("prefill-0" in placing.running()) is not backs_off
+        assert "decode-1" not in placing.running()
+        if not backs_off:
+            free.clear()
+        later[0] += 5
+        await placing._reconcile()
+        assert sorted(placing.running()) == ["decode-0", "prefill-0"]
+        if not backs_off:
+            free.append(node)
+        # One for which there is no room either keeps nobody from what there is.
+        placing.lose("prefill-0")
+        placing._slots["prefill-0"].unplaced = "it needs more"
+        placing._slots["prefill-0"].retry_at_s = time.monotonic() + 60
+        later[0] += 1
+        await placing._reconcile()
+        assert sorted(placing.running()) == ["decode-0", "decode-1"]
 
     asyncio.run(play())
 

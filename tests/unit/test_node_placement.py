@@ -341,10 +341,19 @@ def test_every_placement_holds(
         assert memory <= one.memory_bytes_free
 
 
+def test_what_fits_goes_to_the_smaller_pool() -> None:
+    def split(running: tuple[int, int]) -> tuple[int, int]:
+        fits = fitting([node("a", "H100", 2)], request(2, 2), running, CATALOGUE)
+        return fits.prefill_workers, fits.decode_workers
+
+    assert split((0, 0)) == split((1, 1)) == (1, 1)
+    assert (split((0, 3)), split((3, 0))) == ((2, 0), (0, 2))
+
+
 @settings(max_examples=300, deadline=None)
 @given(clusters(), requests)
 def test_what_fits_is_placed_and_no_more_does(nodes: list[Node], wanted: PlacementRequest) -> None:
-    most = fitting(nodes, wanted, CATALOGUE)
+    most = fitting(nodes, wanted, catalogue=CATALOGUE)
     prefill, decode = most.prefill_workers, most.decode_workers
     assert prefill <= wanted.prefill_workers and decode <= wanted.decode_workers
     assert len(place(nodes, most, CATALOGUE)) == prefill + decode
