@@ -19,7 +19,7 @@ from pydantic_settings import (
 )
 
 from cluster.scheduler.handover import HandOver
-from cluster.scheduler.policies import BUILT_IN, DEFAULT, policy_names
+from cluster.scheduler.policies import DEFAULT, policy_names
 
 CONFIG_FILE = "baton.yaml"
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "recall"
@@ -139,8 +139,7 @@ class BatonConfig(BaseSettings):
         description="Ray nodes to start here, as a JSON list (default: one that has this machine)",
     )
     policy: Annotated[str, AfterValidator(_known_policy)] = Field(
-        DEFAULT,
-        description=f"how requests are placed: {', '.join(BUILT_IN)}, or what a package adds",
+        DEFAULT, description="how requests are placed"
     )
     local_prompt_tokens: int = Field(
         0, ge=0, description="prompts up to this length are not handed over"
@@ -184,8 +183,8 @@ class BatonConfig(BaseSettings):
     start_deadline_s: float = Field(600, gt=0, description="time for all workers to be ready")
     keep_workers: bool = Field(
         False,
-        description="leave the workers running when this ends (needs --ray-address and "
-        "--redis-url); `baton down` stops them",
+        description="leave the workers running when this ends (joined Ray clusters only); "
+        "`baton down` stops them",
     )
     verbose: bool = Field(False, description="show the logs of the router")
     handoff: HandoffConfig = HandoffConfig()

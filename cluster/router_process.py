@@ -7,7 +7,7 @@ import os
 import sys
 
 from cluster.config import OPERATOR_TOKEN, ROUTER_SETTINGS, BatonConfig
-from cluster.vllm_args import vllm_args
+from cluster.vllm_args import flag_value, vllm_args
 
 ROUTER_COMMAND = (sys.executable, "-m", "router")
 
@@ -19,7 +19,7 @@ def router_settings(config: BatonConfig, redis_url: str, router_id: str, port: i
         "redis_url": redis_url,
         "host": config.host,
         "port": port,
-        "url": local_url(config.host, port),
+        "url": router_url(config, port),
         "vllm_args": vllm_args(config),
         "lease_s": config.lease_s,
         "policy": config.policy,
@@ -45,8 +45,10 @@ def router_environment(
     return {**os.environ, **token, ROUTER_SETTINGS: settings}
 
 
-def local_url(host: str, port: int) -> str:
-    """Where this machine reaches a server that listens on `host`."""
+def router_url(config: BatonConfig, port: int) -> str:
+    """Where this machine reaches a router that listens on `port`."""
+    host = config.host
     if host in ("", "0.0.0.0", "::"):
         host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if flag_value(vllm_args(config), "--ssl-certfile") else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -32,7 +32,7 @@ from cluster.membership import (
 )
 from cluster.processes import adopt_orphans, free_port, reap_children, signals_kept
 from cluster.ray_calls import NAMESPACE, awaited
-from cluster.router_process import ROUTER_COMMAND, local_url, router_environment
+from cluster.router_process import ROUTER_COMMAND, router_environment, router_url
 from cluster.run_file import RunFile, run_file_path, running
 from cluster.scheduler.view import Pool
 from cluster.vllm_args import flag_value, tensor_parallel, vllm_args
@@ -67,7 +67,7 @@ class Supervisor:
 
     def __init__(self, config: BatonConfig, report: Callable[[Progress], None]) -> None:
         self.config = config
-        self.url = local_url(config.host, config.port)
+        self.url = router_url(config, config.port)
         self._report = report
         self._run_id = secrets.token_hex(8)
         self._folder = Path()
@@ -449,7 +449,7 @@ class Supervisor:
     @property
     def urls(self) -> list[str]:
         """Each router's, the first of them `url`."""
-        return [local_url(self.config.host, port) for port in self._ports]
+        return [router_url(self.config, port) for port in self._ports]
 
     @property
     def _router_ids(self) -> list[str]:
@@ -499,7 +499,7 @@ class Supervisor:
 
 
 async def _accepts_connections(url: str) -> None:
-    host, port = url.removeprefix("http://").rsplit(":", 1)
+    host, port = url.partition("://")[2].rsplit(":", 1)
     while True:
         with contextlib.suppress(OSError):
             _, writer = await asyncio.open_connection(host.strip("[]"), int(port))

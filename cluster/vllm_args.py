@@ -34,12 +34,8 @@ def parse_vllm_args(vllm_args: Sequence[str]) -> argparse.Namespace:
 
     parser = make_arg_parser(Parser(prog="vllm serve"))
     namespace: argparse.Namespace = parser.parse_args(list(vllm_args))
-    if tag := getattr(namespace, "model_tag", None):
-        if "--model" in vllm_args:
-            raise BadVllmArguments(
-                f"{tag!r} belongs to no flag; a model comes before the flags of `vllm serve`"
-            )
-        namespace.model = tag
+    if getattr(namespace, "model_tag", None):
+        namespace.model = namespace.model_tag
     try:
         validate_parsed_serve_args(namespace)
     except (TypeError, ValueError) as error:

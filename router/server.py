@@ -20,6 +20,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
@@ -34,7 +35,7 @@ from cluster.membership import (
 )
 from cluster.scheduler.policies import Policies, PolicyOptions
 from cluster.scheduler.scheduler import Scheduler
-from cluster.vllm_args import parse_vllm_args
+from cluster.vllm_args import BadVllmArguments, parse_vllm_args
 from router.adapters import SharedAdapters
 from router.background import Background, BackgroundFailed
 from router.classes import Classes
@@ -63,7 +64,7 @@ async def run_router(settings: RouterSettings) -> None:
     args = router_args(settings)
     # Bound before anything else is started, so that a port in use is found out at once.
     _, sock = setup_server(args, reuse_port=False)
-    engine_args = AsyncEngineArgs.from_cli_args(args)
+    engine_args = engine_args_of(args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     metrics = RouterMetrics(REGISTRY)
     policies = Policies(
@@ -144,7 +145,6 @@ async def serve_when_ready(
         return
     # vLLM's front end looks at environment variables for each token.
     envs.enable_envs_cache()
-    await engine.reset_mm_cache()
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
@@ -196,9 +196,12 @@ async def serve_when_ready(
 
 
 async def serve(app: FastAPI, args: argparse.Namespace, sock: socket.socket) -> None:
+    # As vLLM's `build_and_serve` does.
+    log_config = get_uvicorn_log_config(args)
     shutdown = await serve_http(
         app,
         sock=sock,
+        enable_ssl_refresh=args.enable_ssl_refresh,
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
@@ -211,16 +214,28 @@ async def serve(app: FastAPI, args: argparse.Namespace, sock: socket.socket) -> 
         ssl_ciphers=args.ssl_ciphers,
         h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
         h11_max_header_count=args.h11_max_header_count,
+        **({} if log_config is None else {"log_config": log_config}),
     )
     await shutdown
 
 
 def router_args(settings: RouterSettings) -> argparse.Namespace:
+    """Raises BadVllmArguments."""
     address = ["--host", settings.host, "--port", str(settings.port)]
     args = parse_vllm_args([*settings.vllm_args, *address])
+    if args.uds:
+        raise BadVllmArguments("--uds: a router listens on --host and --port")
     # Workers have ranks; here is no accelerator for them.
     args.tensor_parallel_size = 1
     return args
+
+
+def engine_args_of(args: argparse.Namespace) -> AsyncEngineArgs:
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    # As one of several front ends it sends the data of media with each request. A single one thinks
+    # that its engine keeps what it has had once, and another worker has not had it.
+    engine_args._api_process_count = 2
+    return engine_args
 
 
 @contextlib.contextmanager

@@ -18,16 +18,9 @@ STOP_DEADLINE_S = 60.0
 
 
 @click.command()
-@config_options(
-    "name",
-    "ray_address",
-    ray_address="Ray cluster in which `baton up --keep-workers` left workers that are to stop, too",
-)
+@config_options("name", "ray_address")
 def down(**flags: Any) -> None:
-    """Stop the cluster of this name.
-
-    It waits until nothing of it is left.
-    """
+    """Stop the cluster of this name, and wait until nothing of it is left."""
     config = load_config(flags_given(flags))
     run = running(config.name)
     if run is not None:
@@ -42,8 +35,7 @@ def down(**flags: Any) -> None:
             time.sleep(0.1)
     stopped = _stop_kept_workers(config.name, config.ray_address)
     if run is None and not stopped:
-        hint = "" if config.ray_address else "; to stop kept workers, give --ray-address"
-        raise click.ClickException(f"no cluster named {config.name!r} runs here{hint}")
+        raise click.ClickException(f"no cluster named {config.name!r} runs here")
     click.echo(f"{config.name} is stopped")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import click
@@ -13,16 +13,6 @@ from pydantic.fields import FieldInfo
 from cluster.config import BatonConfig
 
 POSITIONAL = ("vllm_args",)
-_METAVARS = {
-    "s": "SECONDS",
-    "ms": "MILLISECONDS",
-    "bytes": "BYTES",
-    "tokens": "TOKENS",
-    "url": "URL",
-    "address": "ADDRESS",
-    "name": "NAME",
-    "model": "MODEL",
-}
 
 
 def leaves(
@@ -36,18 +26,14 @@ def leaves(
             yield (*path, name), field
 
 
-def config_options(
-    *only: str, shown: Collection[tuple[str, ...]] = (), **help_texts: str
-) -> Callable[[Any], Any]:
-    """Adds a flag for every value of the configuration, or for those named. `shown`: the help shows
-    only these. `help_texts`: what some mean in this command."""
+def config_options(*only: str) -> Callable[[Any], Any]:
+    """Adds a flag for every value of the configuration, or for those named."""
 
     def add(command: Any) -> Any:
         for path, field in reversed(list(leaves(BatonConfig))):
             if path[0] in POSITIONAL or (only and path[0] not in only):
                 continue
-            hidden = bool(shown) and path not in shown
-            command = _option(path, field, help_texts.get("__".join(path)), hidden)(command)
+            command = _option(path, field)(command)
         return command
 
     return add
@@ -67,34 +53,19 @@ def flags_given(values: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _option(
-    path: tuple[str, ...], field: FieldInfo, help_text: str | None, hidden: bool
-) -> Callable[[Any], Any]:
+def _option(path: tuple[str, ...], field: FieldInfo) -> Callable[[Any], Any]:
     name = "--" + "-".join(path).replace("_", "-")
     parameter = "__".join(path)
-    if help_text is None:
-        help_text = field.description or ""
+    help_text = field.description or ""
     if field.annotation is bool:
-        flags = f"{name}/--no-{name[2:]}"
-        return click.option(flags, parameter, default=None, help=help_text, hidden=hidden)
+        return click.option(f"{name}/--no-{name[2:]}", parameter, default=None, help=help_text)
     if field.default is not None and not field.default_factory:
         help_text += f"  [{field.default}]"
     choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
     kind: Any = click.Choice(choices) if choices else str
     if field.annotation not in (str, int, float) and not choices and field.default_factory:
         kind = _Json()
-    metavar = None if choices else _metavar(path[-1], field)
-    return click.option(
-        name, parameter, type=kind, default=None, help=help_text, metavar=metavar, hidden=hidden
-    )
-
-
-def _metavar(name: str, field: FieldInfo) -> str:
-    """What is to be given. A value's unit is the last part of its name."""
-    if field.default_factory:
-        return "JSON"
-    by_name = _METAVARS.get(name.rsplit("_", 1)[-1])
-    return by_name or ("NUMBER" if field.annotation in (int, float) else "TEXT")
+    return click.option(name, parameter, type=kind, default=None, help=help_text, metavar="VALUE")
 
 
 class _Json(click.ParamType[Any]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import json
 import signal
 import time
@@ -13,8 +12,8 @@ import click
 from rich.console import Console
 
 from cluster.cli.options import config_options, flags_given
-from cluster.config import BadConfig, BatonConfig, load_config
-from cluster.supervisor import Progress, StartFailed, Supervisor
+from cluster.config import BatonConfig, load_config
+from cluster.supervisor import Progress, Supervisor
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -27,12 +26,7 @@ def up(arguments: tuple[str, ...], **flags: Any) -> None:
     `vllm serve` can follow. Each value can also be set by environment variable (BATON_PORT,
     BATON_HANDOFF__INBOX_BYTES) and in baton.yaml; flags come first, then the environment.
     """
-    config = config_given(arguments, flags)
-    _check(config)
-    try:
-        asyncio.run(_serve(config))
-    except StartFailed as error:
-        raise StartFailed(f"{error}{_did_you_mean(str(error))}") from error
+    asyncio.run(_serve(config_given(arguments, flags)))
 
 
 def config_given(arguments: tuple[str, ...], flags: dict[str, Any]) -> BatonConfig:
@@ -47,27 +41,6 @@ def config_given(arguments: tuple[str, ...], flags: dict[str, Any]) -> BatonConf
     if rest:
         config = config.model_copy(update={"vllm_args": [*config.vllm_args, *rest]})
     return config
-
-
-def _check(config: BatonConfig) -> None:
-    """That no value would do nothing beside another."""
-    if config.ray_address and config.local_nodes:
-        raise BadConfig("local_nodes: none are started where a Ray cluster is joined (ray_address)")
-    if config.keep_workers and not config.ray_address:
-        raise BadConfig("keep_workers: Ray ends with `baton up` unless one is joined (ray_address)")
-    if config.keep_workers and not config.redis_url:
-        raise BadConfig("keep_workers: the embedded Redis ends with `baton up`: give a redis_url")
-
-
-def _did_you_mean(problem: str) -> str:
-    """A flag that Baton does not have counts as one of vLLM, whose parser refuses it much later."""
-    _, found, words = problem.partition("unrecognized arguments: ")
-    own = [name for option in up.params for name in option.opts if name.startswith("--")]
-    for word in words.split() if found else ():
-        close = difflib.get_close_matches(word.partition("=")[0].replace("_", "-"), own, n=1)
-        if word.startswith("--") and close:
-            return f"; did you mean {close[0]}?"
-    return ""
 
 
 async def _serve(config: BatonConfig) -> None:

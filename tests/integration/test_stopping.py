@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,66 +17,22 @@ import redis
 
 from tests.integration.failing_router import FILE
 from tests.integration.streams import Stream
+from tests.integration.stubs import DEADLINE_S, stub_workers
 from tests.processes import (
     Cluster,
     Process,
-    free_port,
-    redis_server,
-    spawn,
     wait_for_workers,
     wait_until_serving,
 )
 
 TOKENS_MANY = 2000
-INTERVAL_S = 0.05
-DEADLINE_S = 60.0
 
 
 @pytest.fixture(scope="module")
 def stubs(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
-    """Workers without a model; each test has a router of its own."""
-    folder: Path = tmp_path_factory.mktemp("stopping")
-    with redis_server(folder) as (redis_url, _):
-        args = [*vllm_args, "--max-model-len", "2048"]
-        control_port = free_port()
-        settings = [
-            json.dumps(
-                {
-                    "worker_id": f"{pool}-0",
-                    "incarnation": "1",
-                    "vllm_args": args,
-                    "cpu_ids": sorted(os.sched_getaffinity(0))[:1],
-                    "redis_url": redis_url,
-                    "pool": pool,
-                    "handoff": {},
-                }
-            )
-            for pool in ("prefill", "decode")
-        ]
-        command = [sys.executable, "-m", "workers.stub", str(control_port), *settings]
-        workers = spawn("stubs", command, folder)
-        cluster = Cluster("", redis_url, folder, args)
-        try:
-            set_pace(control_port, workers)
-            yield cluster
-        finally:
-            workers.stop()
-
-
-def set_pace(control_port: int, workers: Process) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        control.settimeout(0.5)
-        control.connect(("127.0.0.1", control_port))
-        while True:
-            try:
-                control.send(json.dumps({"interval_s": INTERVAL_S}).encode())
-                control.recv(100)
-                return
-            except OSError:
-                assert workers.popen.poll() is None, workers.output()
-                assert time.monotonic() < deadline_s, workers.output()
-                time.sleep(0.1)
+    """Each test has a router of its own."""
+    with stub_workers(tmp_path_factory.mktemp("stopping"), vllm_args) as cluster:
+        yield cluster
 
 
 RouterOf = Callable[..., tuple[str, Process]]
