@@ -87,6 +87,8 @@ class EngineHost:
         """Turns of the loop in which nothing was due or something was done. Told without a lock."""
         self.steps = 0
         """Of them, those that ran the model."""
+        self._steps_ended = 0
+        """Those scheduled whose outputs are here."""
         self._next_sweep_s = 0.0
         self._started = threading.Event()
         self._error: BaseException | None = None
@@ -217,7 +219,9 @@ class EngineHost:
                 self._listener.on_outputs(client, client_outputs, load, kv_events)
         if kv_events:
             self._listener.on_kv_events(kv_events, to=None, told=outputs or ())
-        self._endpoint.step_ended()
+        # Where vLLM has the next step run already, this one's outputs come a turn later.
+        self._steps_ended += outputs is not None
+        self._endpoint.step_ended(self._steps_ended)
         for transfer_id in self._endpoint.take_released():
             self.held.release(transfer_id)
         if not executed and core.scheduler.has_requests():

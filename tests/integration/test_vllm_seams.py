@@ -270,6 +270,20 @@ def test_scheduler_loads_synchronously_before_the_forward_pass() -> None:
     assert "has_sync_kv_loads" in source
 
 
+def test_a_turn_of_the_engine_ends_one_scheduled_step_or_says_none() -> None:
+    """What waits for the outputs of a step finds it by counting."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+
+    for turn in (EngineCore.step, EngineCore.step_with_batch_queue):
+        source = inspect.getsource(turn)
+        assert source.count("self.scheduler.schedule(") == 1
+        assert source.count("self.scheduler.update_from_output(") == 1
+    assert "return None, model_executed" in inspect.getsource(EngineCore.step_with_batch_queue)
+    source = inspect.getsource(Scheduler.schedule)
+    assert source.count("self._build_kv_connector_meta(") == 1
+
+
 def test_engine_loads_adapters_with_the_first_request() -> None:
     """The router loads an adapter on one worker only."""
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager

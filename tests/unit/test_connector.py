@@ -149,7 +149,7 @@ def test_the_schedulers_blocks_are_several_of_the_kernels(
     endpoint.begin("there")
     split.bind_connector_metadata(StepHandoffs(saves=[save]))
     split.wait_for_save()
-    endpoint.step_ended()
+    endpoint.step_ended(0)
     assert values(sender.transfer.frames) == values(sent)
 
 

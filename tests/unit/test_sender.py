@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from unittest import mock
 
@@ -28,17 +28,18 @@ from tests.unit.ends import (
     Context,
     Frames,
     Loop,
-    Outbox,
+    MakeOutbox,
     Receiver,
+    layer_payload,
+    push_all,
+    push_layer,
 )
-from workers.kv.endpoint import KvEndpoint, publish, published, withdraw
 from workers.kv.frames import checksum, encode_frame
 from workers.kv.inbox import Inbox
 from workers.kv.peer import RATE_ASSUMED_BYTES_S, RATE_SAMPLE_BYTES_MIN
 from workers.kv.ranks import RankEndpoint, RankSettings
-from workers.kv.sender import Identity, Sender
 from workers.kv.service import KvInboxService
-from workers.kv.transfer import ENGINE_WAIT_MAX_S, GRPC, STALLED_S, Sent, Transfer
+from workers.kv.transfer import ENGINE_WAIT_MAX_S, GRPC, STALLED_S, Sent
 
 LARGE = memoryview(bytes(16 << 20))
 """More than a stream carries to a receiver that reads nothing."""
@@ -74,49 +75,6 @@ class Silent(Receiver):
 
     def let_go(self) -> None:
         self._loop.soon(self._go.set)
-
-
-@pytest.fixture
-def receiver(loop: Loop, start: Callable[[Receiver], Receiver]) -> Receiver:
-    return start(Receiver(loop))
-
-
-MakeOutbox = Callable[..., Outbox]
-
-
-@pytest.fixture
-def make_outbox() -> Iterator[MakeOutbox]:
-    """Call it when servers have started: the threads that are there then are not the sender's."""
-    outboxes: list[Outbox] = []
-
-    def make(deadline_s: float = LONG_S, max_staged_bytes: int = 1 << 20) -> Outbox:
-        sent: queue.Queue[Sent] = queue.Queue()
-        identity = Identity(*SENDER, FINGERPRINT)
-        sender = Sender(identity, max_staged_bytes, deadline_s, sent.put)
-        outboxes.append(Outbox(sender, sent, set(threading.enumerate())))
-        return outboxes[-1]
-
-    yield make
-    for outbox in outboxes:
-        outbox.sender.close(timeout_s=0)
-
-
-def layer_payload(layer: int) -> memoryview:
-    return memoryview(bytes((layer * 31 + i) % 256 for i in range(LAYER_BYTES)))
-
-
-def push_layer(transfer: Transfer, layer: int, payload: memoryview | None = None) -> None:
-    payload = layer_payload(layer) if payload is None else payload
-    kv = kv_pb2.KvFrame(
-        layer=layer, tokens=TOKENS, heads=GEOMETRY.heads, checksum=checksum(payload)
-    )
-    transfer.push(kv_pb2.FrameHeader(transfer_id=transfer.transfer_id, kv=kv), payload)
-
-
-def push_all(transfer: Transfer) -> None:
-    for layer in range(GEOMETRY.layers):
-        push_layer(transfer, layer)
-    transfer.finish()
 
 
 # --- delivered --------------------------------------------------------------------------------
@@ -747,75 +705,6 @@ def test_a_stopping_worker_does_not_wait_for_silent_receivers(
     outbox.assert_at_rest()
 
 
-# --- the endpoint -----------------------------------------------------------------------------
-
-
-def test_an_endpoint_opens_a_transfer_once_until_it_ends(
-    receiver: Receiver, make_outbox: MakeOutbox
-) -> None:
-    outbox = make_outbox()
-    endpoint = KvEndpoint(receiver.inbox, outbox.sender)
-    digests: list[bytes] = []
-
-    def digest() -> bytes:
-        digests.append(b"digest")
-        return digests[-1]
-
-    assert endpoint.sending(receiver.send_kv(), TOKENS, digest) is None
-    endpoint.begin("t")
-    transfers = {
-        id(endpoint.sending(receiver.send_kv(), TOKENS, digest)) for _ in range(GEOMETRY.layers)
-    }
-    assert (len(transfers), len(digests)) == (1, 1)
-    transfer = endpoint.sending(receiver.send_kv(), TOKENS, digest)
-    assert transfer is not None
-    for layer in range(GEOMETRY.layers):
-        push_layer(transfer, layer)
-    endpoint.finish("t")
-    endpoint.finish("t")
-    endpoint.abort("t", "it has ended")
-    assert outbox.result().delivered
-
-    endpoint.begin("u")
-    endpoint.sending(receiver.send_kv("u"), TOKENS, digest)
-    endpoint.abort("u", "aborted")
-    assert outbox.result().reason == "the sender gave up: aborted"
-    outbox.assert_at_rest()
-    # A step that was on its way when it ended does not open it again.
-    assert endpoint.sending(receiver.send_kv("u"), TOKENS, digest) is None
-
-
-def test_a_transfer_expected_to_be_short_goes_in_one_go(
-    receiver: Receiver, make_outbox: MakeOutbox
-) -> None:
-    outbox = make_outbox()
-    send = receiver.send_kv()
-    tokens = int(RATE_ASSUMED_BYTES_S / GEOMETRY.bytes_per_token)
-    """One second of KV, as long as nothing was measured."""
-    auto = KvEndpoint(receiver.inbox, outbox.sender, one_go_s=0.1)
-    assert not auto.overlaps(send, tokens // 20)
-    assert auto.overlaps(send, tokens // 5)
-    for _ in range(10):
-        outbox.sender.peer(send).measured(1 << 30, 1000.0)
-    assert auto.overlaps(send, tokens // 20)
-    for overlap in ("always", "never"):
-        given = KvEndpoint(receiver.inbox, outbox.sender, overlap=overlap, one_go_s=0.1)
-        assert {given.overlaps(send, 1), given.overlaps(send, tokens)} == {overlap == "always"}
-
-
-def test_what_is_to_be_pushed_after_a_step_is_pushed_once(
-    receiver: Receiver, make_outbox: MakeOutbox
-) -> None:
-    endpoint = KvEndpoint(receiver.inbox, make_outbox().sender)
-    pushed: list[str] = []
-    endpoint.after_step(lambda: pushed.append("a"))
-    endpoint.after_step(lambda: pushed.append("b"))
-    assert pushed == []
-    endpoint.step_ended()
-    endpoint.step_ended()
-    assert pushed == ["a", "b"]
-
-
 def test_a_peers_rate_is_measured_by_what_went_to_it(
     receiver: Receiver, make_outbox: MakeOutbox
 ) -> None:
@@ -851,15 +740,3 @@ def test_small_frames_that_wait_share_a_message(
     assert outbox.result().delivered
     # What opens the transfer, and the rest.
     assert len(messages) == 2
-
-
-def test_an_endpoint_is_found_by_name_while_it_is_published(
-    receiver: Receiver, make_outbox: MakeOutbox
-) -> None:
-    endpoint = KvEndpoint(receiver.inbox, make_outbox().sender)
-    publish("some", endpoint)
-    assert published("some") is endpoint
-    withdraw("some")
-    withdraw("some")
-    with pytest.raises(LookupError, match="no KV endpoint 'some'"):
-        published("some")

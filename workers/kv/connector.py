@@ -92,6 +92,8 @@ class StepHandoffs(KVConnectorMetadata):  # type: ignore[misc]
     saves: list[Save] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     """Transfers that ranks should give up."""
+    number: int = 0
+    """Of this step, among all that were scheduled."""
 
 
 @dataclass(slots=True)
@@ -124,6 +126,10 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._sending: dict[str, _Sending] = {}
         self._layers: dict[int, PagedLayer] = {}
         self._blocks: KernelBlocks
+        self._steps = 0
+        """Scheduled so far."""
+        self._saved_layers: set[int] = set()
+        """Of this step, those that were pushed when they had been computed."""
         self._failed_block_ids: set[int] = set()
 
     @property
@@ -168,6 +174,11 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         )
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepHandoffs:
+        if scheduler_output.preempted_req_ids and not self._in_ranks:
+            # Their blocks may be this step's. What was computed in them goes before that, if it
+            # waits for its step's outputs.
+            self._endpoint.step_ended(self._steps)
+        self._steps += 1
         loads, self._loads = self._loads, []
         saves: list[Save] = []
         if self._sending:
@@ -181,7 +192,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
                 if save is not None:
                     saves.append(save)
         if not self._in_ranks:
-            return StepHandoffs(loads, saves)
+            return StepHandoffs(loads, saves, number=self._steps)
         aborts, self._aborts = self._aborts, []
         return StepHandoffs(self._lend(loads), saves, aborts)
 
@@ -308,22 +319,30 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         attn_metadata: AttentionMetadata,
         **kwargs: Any,
     ) -> None:
-        layer_index = extract_layer_index(layer_name)
+        self._save_layer(extract_layer_index(layer_name))
+
+    def _save_layer(self, layer_index: int) -> None:
+        self._saved_layers.add(layer_index)
         for save in self._step().saves:
             if save.overlaps:
                 rest = int(save.is_last and layer_index == max(self._layers))
                 self._push_layer(save, layer_index, save.first_token, save.end_token - rest)
 
     def wait_for_save(self) -> None:
-        for save in self._step().saves:
+        # A step that is one whole CUDA graph calls nothing between its layers.
+        for layer_index in self._layers.keys() - self._saved_layers:
+            self._save_layer(layer_index)
+        self._saved_layers.clear()
+        step = self._step()
+        for save in step.saves:
             # Its blocks may be free after the step; the next step may give them to others.
             if not save.overlaps:
-                self._runner.after_step(partial(self._push_all, save))
+                self._runner.after_step(step.number, partial(self._push_all, save))
             elif save.is_last:
                 # With the last layer's last token the transfer is whole, and the receiver does not
                 # wait for long to be asked for it: not before the first token is on its way, which
                 # may take many seconds of compiling.
-                self._runner.after_step(partial(self._push_rest, save))
+                self._runner.after_step(step.number, partial(self._push_rest, save))
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_block_ids = self._failed_block_ids, set()

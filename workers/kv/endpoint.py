@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -35,7 +36,7 @@ class KvEndpoint:
     one_go_s: float = 0.02
     """auto: a transfer that is expected to take no longer goes in one go, after its prefill."""
     _sending: dict[str, Transfer | None] = field(default_factory=dict)
-    _after_step: list[Callable[[], None]] = field(default_factory=list)
+    _after_step: deque[tuple[int, Callable[[], None]]] = field(default_factory=deque)
     _released: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -89,13 +90,14 @@ class KvEndpoint:
             return None
         return ((frame.header.kv, frame.payload) for frame in itertools.chain(*frames.values()))
 
-    def after_step(self, push: Callable[[], None]) -> None:
-        """Do it when the engine's step is over and its outputs are on their way."""
-        self._after_step.append(push)
+    def after_step(self, step: int, push: Callable[[], None]) -> None:
+        """Do it when the engine's step of this number is over and its outputs are on their way."""
+        self._after_step.append((step, push))
 
-    def step_ended(self) -> None:
-        pushes, self._after_step = self._after_step, []
-        for push in pushes:
+    def step_ended(self, step: int) -> None:
+        """Called in the order of steps. Others may have begun by then."""
+        while self._after_step and self._after_step[0][0] <= step:
+            _, push = self._after_step.popleft()
             push()
 
     def finish(self, transfer_id: str) -> None:

@@ -145,7 +145,7 @@ class RankEndpoint:
             self._sending[send.transfer_id] = transfer
         return transfer
 
-    def after_step(self, push: Callable[[], None]) -> None:
+    def after_step(self, step: int, push: Callable[[], None]) -> None:
         """At once: nothing tells a rank that the step's outputs are on their way."""
         push()
 
