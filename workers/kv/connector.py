@@ -430,7 +430,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
             return
         codec, dtype = group_codec(kv.codec), layer.keys.dtype
         if codec is None:
-            uncoded = torch.frombuffer(payload, dtype=dtype)
+            uncoded = torch.frombuffer(payload, dtype=dtype).to(layer.keys.device)
             if kv.heads == layer.heads and layer.takes_blocks(kv.key_order, kv.block_tokens, first):
                 # The last block may have tokens that are not to be adopted. It is the request's
                 # own, which computes them before it reads them.
@@ -461,4 +461,7 @@ def connector_of_this_process() -> BatonConnector:
 
 
 def _bytes_of(payload: torch.Tensor) -> memoryview:
-    return payload.cpu().view(torch.uint8).numpy().data.cast("B")
+    if payload.is_cuda:
+        # Several times as fast as into memory that may be moved. Torch keeps it for the next one.
+        payload = torch.empty_like(payload, device="cpu", pin_memory=True).copy_(payload)
+    return payload.view(torch.uint8).numpy().data.cast("B")

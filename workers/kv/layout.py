@@ -25,7 +25,7 @@ class PagedLayer:
     keys, values: [blocks, heads, block_size, head_size], of any strides.
     key_order: the order in which parts of blocks are copied fastest.
     blocks: [blocks, heads * 2 * block_size * head_size], where each block is one piece of memory,
-        in KEY_ORDER_BLOCKS; elsewhere none.
+        in KEY_ORDER_BLOCKS: on CPUs. None on GPUs.
     """
 
     keys: torch.Tensor
@@ -68,6 +68,11 @@ class PagedLayer:
         """
         payload = self.keys.new_empty(2 * self.heads * tokens * self.head_size)
         keys, values = self.split(payload, self.heads, tokens, self.key_order)
+        if self.blocks is None:
+            slots = self._slots(block_ids, first, tokens)
+            keys.copy_(self.keys[slots[0], :, slots[1]].transpose(0, 1))
+            values.copy_(self.values[slots[0], :, slots[1]].transpose(0, 1))
+            return payload
         for block, within, at in self._pieces(block_ids, first, tokens):
             keys[:, at].copy_(self.keys[block, :, within])
             values[:, at].copy_(self.values[block, :, within])
@@ -99,6 +104,12 @@ class PagedLayer:
             of the slice `heads`.
         """
         skip = first - parts_first
+        if self.blocks is None:
+            slots = self._slots(block_ids, first, tokens)
+            keys, values = keys[:, skip : skip + tokens], values[:, skip : skip + tokens]
+            self.keys[slots[0], heads, slots[1]] = keys.transpose(0, 1)
+            self.values[slots[0], heads, slots[1]] = values.transpose(0, 1)
+            return
         for block, within, at in self._pieces(block_ids, first, tokens):
             source = slice(at.start + skip, at.stop + skip)
             self.keys[block, heads, within].copy_(keys[:, source])
@@ -139,6 +150,13 @@ class PagedLayer:
         values = halves[:, :, 1].view(-1, heads, block_tokens, self.head_size).transpose(0, 1)
         shape = (heads, tokens, self.head_size)
         return keys.reshape(shape), values.reshape(shape)
+
+    def _slots(self, block_ids: Sequence[int], first: int, tokens: int) -> torch.Tensor:
+        """[2, tokens]: each token's block, and its slot in it. On a GPU one copy of many tokens
+        takes one launch, and one of each block's would take thousands."""
+        positions = torch.arange(first, first + tokens)
+        blocks = torch.tensor(block_ids)[positions // self.block_size]
+        return torch.stack([blocks, positions % self.block_size]).to(self.keys.device)
 
     def _pieces(
         self, block_ids: Sequence[int], first: int, tokens: int
