@@ -1,5 +1,5 @@
 """Workers and routers forked from a process that has imported vLLM already: that takes 10 s of CPU,
-and tests of many deaths would pay it for each process that they start anew.
+and tests would pay it for each process that they start.
 
     python -m tests.nursery
 
@@ -16,6 +16,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -119,6 +120,8 @@ def run(order: dict[str, Any]) -> int:
     if order["namespace"]:
         enter_namespace(order["namespace"])
     os.environ.update(order["environment"])
+    # What was found when it was imported.
+    tempfile.tempdir = None
     sys.argv = list(order["argv"])
     try:
         runpy.run_module(sys.argv[0], run_name="__main__")

@@ -11,6 +11,7 @@ import pytest
 
 from tests.integration.gated_worker import GATES_FOLDER
 from tests.models import make_random_llama
+from tests.nursery import Nursery
 from tests.processes import Cluster, plain_vllm, running_cluster
 
 MAX_MODEL_LEN = 512
@@ -40,22 +41,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(folder: Path, vllm_args: list[str]) -> Iterator[Cluster]:
+def nursery(folder: Path) -> Iterator[Nursery]:
+    running = Nursery(folder)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def cluster(folder: Path, vllm_args: list[str], nursery: Nursery) -> Iterator[Cluster]:
     # gRPC, and the other way of sending, in one go, are what the tests of damaged hand-offs take.
     handoff = {"overlap": "always", "transport": "collective"}
-    with running_cluster(folder, vllm_args, handoff=handoff) as running:
+    with running_cluster(folder, vllm_args, handoff=handoff, spawn=nursery.spawn) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def gated(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
+def gated(
+    tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str], nursery: Nursery
+) -> Iterator[Cluster]:
     """Where tests look for what is held, at points where they stop it, and at random ones."""
-    with gated_cluster(tmp_path_factory.mktemp("gated"), vllm_args) as running:
+    with gated_cluster(tmp_path_factory.mktemp("gated"), vllm_args, nursery) as running:
         yield running
 
 
 @contextlib.contextmanager
-def gated_cluster(folder: Path, vllm_args: list[str], **handoff: Any) -> Iterator[Cluster]:
+def gated_cluster(
+    folder: Path, vllm_args: list[str], nursery: Nursery, **handoff: Any
+) -> Iterator[Cluster]:
     with running_cluster(
         folder,
         vllm_args,
@@ -66,6 +78,7 @@ def gated_cluster(folder: Path, vllm_args: list[str], **handoff: Any) -> Iterato
         router_settings={"worker_requests_max": WORKER_REQUESTS_MAX},
         worker_module="tests.integration.gated_worker",
         router_module="tests.integration.telling_router",
+        spawn=nursery.spawn,
     ) as running:
         yield running
 

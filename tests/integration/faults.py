@@ -69,7 +69,6 @@ def body(number: int) -> dict[str, Any]:
 @dataclass
 class Faults:
     cluster: Cluster
-    nursery: Nursery
     stages: Path
     redis: Process
     end: End | None
@@ -222,7 +221,9 @@ class Faults:
 
 
 @contextlib.contextmanager
-def running_faults(folder: Path, vllm_args: list[str], transport: str) -> Iterator[Faults]:
+def running_faults(
+    folder: Path, vllm_args: list[str], nursery: Nursery, transport: str
+) -> Iterator[Faults]:
     stages = folder / "stages"
     stages.mkdir()
     port = free_port()
@@ -232,7 +233,6 @@ def running_faults(folder: Path, vllm_args: list[str], transport: str) -> Iterat
         end, _ = make_ends(namespace)
     except BenchFailed as error:
         why_no_end = f"it needs root, to make network namespaces: {error}"
-    nursery = Nursery(folder)
     addresses = (end.machine_address,) if end else ()
     redis = start_redis(folder, port, *addresses)
     cluster = Cluster(
@@ -246,7 +246,7 @@ def running_faults(folder: Path, vllm_args: list[str], transport: str) -> Iterat
         handoff={"overlap": "always", "idle_s": 3.0, "transport": transport},
         spawn=nursery.spawn,
     )
-    faults = Faults(cluster, nursery, stages, redis, end, why_no_end)
+    faults = Faults(cluster, stages, redis, end, why_no_end)
     try:
         for name, pool in WORKERS.items():
             faults.start(name, pool)
@@ -263,7 +263,6 @@ def running_faults(folder: Path, vllm_args: list[str], transport: str) -> Iterat
         for process in cluster.processes():
             process.stop(signal.SIGKILL)
         faults.redis.stop()
-        nursery.close()
         remove_ends(namespace)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.config import BUNDLED_MODEL
 from tests.integration.test_equal_to_plain_vllm import ask
+from tests.nursery import Nursery
 from tests.processes import metrics, running_cluster
 
 PAIRS = (3, 6, 12, 24, 48, 72)
@@ -37,8 +38,9 @@ def recall_prompts() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("codec", ROW_BYTES)
-def test_answers_stay_right(codec: str, tmp_path: Path) -> None:
-    with running_cluster(tmp_path, VLLM_ARGS, handoff={"codec": codec}) as cluster:
+def test_answers_stay_right(codec: str, tmp_path: Path, nursery: Nursery) -> None:
+    handoff = {"codec": codec}
+    with running_cluster(tmp_path, VLLM_ARGS, handoff=handoff, spawn=nursery.spawn) as cluster:
         right = tokens = 0
         for prompt, answer in recall_prompts():
             body = {"prompt": prompt, "max_tokens": 8, "temperature": 0}

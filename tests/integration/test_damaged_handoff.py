@@ -12,6 +12,7 @@ import pytest
 from tests.integration.conftest import CHUNK_TOKENS
 from tests.integration.tampering_worker import FAULT_FILE
 from tests.integration.test_equal_to_plain_vllm import ask, prompt_of
+from tests.nursery import Nursery
 from tests.processes import Cluster, metrics, running_cluster
 
 
@@ -33,7 +34,9 @@ def answer(url: str, seed: int, prompt_tokens: int = 150) -> str:
 
 
 @pytest.fixture(scope="module")
-def tampered(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Tampered]:
+def tampered(
+    tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str], nursery: Nursery
+) -> Iterator[Tampered]:
     folder = tmp_path_factory.mktemp("tampered")
     fault_file = folder / "fault"
     fault_file.write_text("")
@@ -43,6 +46,7 @@ def tampered(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> 
         prefill_module="tests.integration.tampering_worker",
         environment={FAULT_FILE: str(fault_file)},
         handoff={"overlap": "never"},
+        spawn=nursery.spawn,
     ) as cluster:
         yield Tampered(cluster, fault_file)
 

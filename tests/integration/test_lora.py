@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration.test_handoff import wait_for
 from tests.models import make_random_lora
+from tests.nursery import Nursery
 from tests.processes import (
     Cluster,
     plain_vllm,
@@ -40,13 +41,18 @@ def lora_args(vllm_args: list[str], adapters: dict[str, Path]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def lora_cluster(
-    tmp_path_factory: pytest.TempPathFactory, lora_args: list[str]
+    tmp_path_factory: pytest.TempPathFactory, lora_args: list[str], nursery: Nursery
 ) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("lora")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-        with running_cluster(folder, lora_args, decode=2) as running:
-            yield running
+    allowed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with running_cluster(
+        tmp_path_factory.mktemp("lora"),
+        lora_args,
+        decode=2,
+        environment=allowed,
+        router_environment=allowed,
+        spawn=nursery.spawn,
+    ) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

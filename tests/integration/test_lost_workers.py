@@ -16,12 +16,16 @@ import pytest
 
 from tests.integration.hanging_worker import HANG_FILE
 from tests.integration.test_equal_to_plain_vllm import ask, prompt_of
+from tests.nursery import Nursery
 from tests.processes import Cluster, metrics, running_cluster, wait_for_workers
 
 
 @pytest.fixture(scope="module")
-def mortal(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
-    with running_cluster(tmp_path_factory.mktemp("mortal"), vllm_args) as cluster:
+def mortal(
+    tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str], nursery: Nursery
+) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("mortal")
+    with running_cluster(folder, vllm_args, spawn=nursery.spawn) as cluster:
         yield cluster
 
 

@@ -9,6 +9,7 @@ import pytest
 from tests.integration import test_no_leak
 from tests.integration.conftest import gated_cluster
 from tests.integration.held import Held, Watch
+from tests.nursery import Nursery
 from tests.processes import Cluster, metrics
 from tests.unit.test_groups import needs_nixl
 
@@ -28,10 +29,11 @@ def gated(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     vllm_args: list[str],
+    nursery: Nursery,
 ) -> Iterator[Cluster]:
     """As for test_no_leak, but for the transport."""
     folder = tmp_path_factory.mktemp(request.param)
-    with gated_cluster(folder, vllm_args, transport=request.param) as running:
+    with gated_cluster(folder, vllm_args, nursery, transport=request.param) as running:
         yield running
 
 

@@ -24,6 +24,7 @@ from tests.integration.faults import (
 )
 from tests.integration.staged_worker import ADOPTING, COMPUTED, COMPUTING, QUEUED, SENDING
 from tests.integration.streams import STREAM_DEADLINE_S
+from tests.nursery import Nursery
 from tests.processes import metrics, wait_for_workers, wait_until_serving
 
 DECODING = "decoding"
@@ -57,16 +58,22 @@ nothing to the request that was handed over."""
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Faults]:
-    with running_faults(tmp_path_factory.mktemp("faults"), vllm_args, "grpc") as running:
+def faults(
+    tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str], nursery: Nursery
+) -> Iterator[Faults]:
+    with running_faults(tmp_path_factory.mktemp("faults"), vllm_args, nursery, "grpc") as running:
         yield running
 
 
 @pytest.fixture(scope="module", params=["collective", "nixl"])
 def group_faults(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    vllm_args: list[str],
+    nursery: Nursery,
 ) -> Iterator[Faults]:
-    with running_faults(tmp_path_factory.mktemp("faults"), vllm_args, request.param) as running:
+    folder = tmp_path_factory.mktemp("faults")
+    with running_faults(folder, vllm_args, nursery, request.param) as running:
         yield running
 
 
