@@ -240,7 +240,7 @@ class EngineHost:
         """What is held here, from any thread."""
         load = self.load()
         pool = self.core.scheduler.kv_cache_manager.block_pool
-        sender = self._endpoint.sender
+        outgoing = self._endpoint.outgoing
         return worker_pb2.Holdings(
             running=load.running,
             waiting=load.waiting,
@@ -248,9 +248,9 @@ class EngineHost:
             kv_blocks=pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
             inbox_transfers=self._endpoint.inbox.transfers_held,
             inbox_bytes=load.inbox_bytes,
-            sending_transfers=sender.transfers,
-            staged_bytes=sender.staged_bytes,
-            peers=sender.peers,
+            sending_transfers=outgoing.transfers,
+            staged_bytes=outgoing.staged_bytes,
+            peers=outgoing.peers,
         )
 
     def _idle_wait_s(self) -> float:

@@ -26,6 +26,7 @@ from workers.kv.group import Transport
 from workers.kv.inbox import Inbox
 from workers.kv.ranks import RANKS_KEY, RankSettings
 from workers.kv.sender import Identity, Sender, log_undelivered
+from workers.kv.sending import RanksSending
 from workers.kv.service import KvInboxService
 from workers.kv.transports import make_transports
 from workers.memory import keep_freed_memory
@@ -109,6 +110,7 @@ class Worker:
         publish(endpoint_name, endpoint)
         if ranks > 1:
             bind_ranks(ranks, settings.cpu_ids)
+            endpoint.ranks_sending = RanksSending(ranks)
             extra = config.kv_transfer_config.kv_connector_extra_config
             extra[RANKS_KEY] = RankSettings(
                 os.getpid(),
@@ -122,6 +124,7 @@ class Worker:
                 settings.handoff.transfer_deadline_s,
                 settings.host,
                 settings.handoff.transport,
+                endpoint.ranks_sending.path,
             )
         service = WorkerService(loop)
         engine = EngineHost(config, endpoint, service)
@@ -162,7 +165,7 @@ class Worker:
         await self.registration.draining.wait()
         # Until routers have read that it drains, they may place requests here.
         await asyncio.sleep(ROUTERS_NOTICE_S)
-        while self.service.requests or self.endpoint.sender.transfers:
+        while self.service.requests or self.endpoint.outgoing.transfers:
             # Which a notice may have brought nearer.
             if time.time() > self.registration.record.drain_until_unix_s + MOVE_GRACE_S:
                 return
@@ -199,6 +202,8 @@ class Worker:
         await loop.run_in_executor(None, self.endpoint.sender.close)
         for transport in self.transports:
             transport.close()
+        if self.endpoint.ranks_sending is not None:
+            self.endpoint.ranks_sending.close()
         withdraw(self.endpoint_name)
 
 

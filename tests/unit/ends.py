@@ -30,6 +30,8 @@ SENDER = ("prefill", "prefill-1")
 FINGERPRINT = worker_pb2.Fingerprint(model="tiny", dtype="float32", layers=3)
 LONG_S = 30.0
 """A deadline that no test comes near."""
+BUSY_S = 60.0
+"""What it waits for something that takes its time."""
 SOON_S = 10.0
 """What a test waits for something that should happen at once."""
 
@@ -155,7 +157,7 @@ class Outbox:
         for thread in set(threading.enumerate()) - self.threads_before:
             thread.join(SOON_S)
             assert not thread.is_alive(), thread.name
-        assert (self.sender.staged_bytes, self.sender.transfers) == (0, 0)
+        assert self.sender.sending[:2] == (0, 0)
         assert self.sent.empty()
 
 
@@ -178,3 +180,10 @@ def push_all(transfer: Transfer) -> None:
     for layer in range(GEOMETRY.layers):
         push_layer(transfer, layer)
     transfer.finish()
+
+
+def wait_until(what: str, condition: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + BUSY_S
+    while not condition():
+        assert time.monotonic() < until_s, what
+        time.sleep(0.02)

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from unittest import mock
 import psutil
 import pytest
 
-from tests.unit.ends import FINGERPRINT, LONG_S, SENDER, Loop, Outbox
+from tests.unit.ends import FINGERPRINT, LONG_S, SENDER, Loop, Outbox, wait_until
 from tests.unit.group_peer import (
     GEOMETRY,
     LAYER_BYTES,
@@ -107,13 +106,6 @@ def result(outbox: Outbox) -> Sent:
 
 def transport_of(settled: Settled) -> tuple[bool, str, str]:
     return settled.whole, settled.transport, settled.instead_of
-
-
-def wait_until(what: str, condition: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < until_s, what
-        time.sleep(0.02)
 
 
 def group_threads() -> list[threading.Thread]:

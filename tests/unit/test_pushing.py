@@ -113,7 +113,7 @@ def test_what_waits_for_its_step_goes_before_another_step_may_write_its_blocks(
     worker.schedule(save_of(receiver, "t", overlaps=False))
     worker.run(hooks=True)
     worker.schedule()
-    assert worker.endpoint.sender.transfers == 0, "it went before its step had ended"
+    assert worker.endpoint.outgoing.transfers == 0, "it went before its step had ended"
     # The request's blocks are another one's from here on.
     worker.schedule(preempted=("r",))
     for cache in worker.caches.values():

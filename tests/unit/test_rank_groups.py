@@ -129,6 +129,24 @@ def test_a_group_that_breaks_behind_its_part_takes_nothing_with_it(
     assert_whole(receiver)
 
 
+def test_a_sender_that_gives_up_behind_its_part_takes_nothing_with_it(
+    receiver: GroupReceiver, ranks: list[Rank], way: Way
+) -> None:
+    """As it does when its group breaks before it was told that its payloads were taken."""
+    claim = receiver.claim()
+    first, second = ranks
+    transfer = first_has_sent(receiver, ranks)
+    # By gRPC it has been told by now.
+    for early in list(first.sender._transfers):
+        early.give_up("broken by the test")
+    delivered, reason = result(first)
+    assert delivered or reason == "the sender gave up: broken by the test"
+    second.push(transfer)
+    transfer.finish()
+    assert claim.get(timeout=WAIT_S).whole
+    assert_whole(receiver)
+
+
 def test_one_part_that_is_not_whole_fails_the_transfer(
     receiver: GroupReceiver, ranks: list[Rank], way: Way
 ) -> None:

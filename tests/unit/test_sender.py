@@ -33,11 +33,13 @@ from tests.unit.ends import (
     layer_payload,
     push_all,
     push_layer,
+    wait_until,
 )
 from workers.kv.frames import checksum, encode_frame
 from workers.kv.inbox import Inbox
 from workers.kv.peer import RATE_ASSUMED_BYTES_S, RATE_SAMPLE_BYTES_MIN
 from workers.kv.ranks import RankEndpoint, RankSettings
+from workers.kv.sending import RanksSending
 from workers.kv.service import KvInboxService
 from workers.kv.transfer import ENGINE_WAIT_MAX_S, GRPC, STALLED_S, Sent
 
@@ -104,9 +106,10 @@ def test_ranks_send_one_transfer_in_parts(
     receiver = start(Receiver(loop, inbox=inbox))
     claim, send = receiver.claim(), receiver.send_kv()
     fingerprint = FINGERPRINT.SerializeToString()
+    sending = RanksSending(GEOMETRY.heads)
     settings = RankSettings(
         *(os.getpid(), *SENDER, fingerprint, GEOMETRY, GEOMETRY.heads),
-        *(kv_pb2.CODEC_NONE, 1 << 20, LONG_S, "127.0.0.1", GRPC),
+        *(kv_pb2.CODEC_NONE, 1 << 20, LONG_S, "127.0.0.1", GRPC, sending.path),
     )
     ranks = [RankEndpoint(settings, rank) for rank in range(settings.ranks)]
     try:
@@ -120,11 +123,14 @@ def test_ranks_send_one_transfer_in_parts(
                 kv = kv_pb2.KvFrame(layer=layer, tokens=TOKENS, checksum=checksum(payload))
                 kv.first_head, kv.heads = rank.geometry.first_head, rank.geometry.heads
                 transfer.push(kv_pb2.FrameHeader(transfer_id="t", kv=kv), payload)
+                assert sending.total()[0] == 1
                 if fault == "breaks off" and rank is ranks[1]:
                     break
             rank.finish("t")
             assert transfer.done.wait(SOON_S)
             assert inbox.peek("t") is None or rank is ranks[1]
+            wait_until("the rank holds nothing", lambda: sending.total()[:2] == (0, 0))
+            assert sending.total().peers == 1 + (rank is ranks[1])
         if fault == "never comes":
             assert claim.empty() and inbox.transfers_held == 1
             inbox.fail("t", "the time has passed")
@@ -302,7 +308,7 @@ def test_a_transfer_waits_for_room_and_sends_nothing_before(
     frames_before = full.frames_seen.qsize()
     push_all(outbox.open(full))
     waits_for_room(full)
-    assert outbox.sender.staged_bytes > GEOMETRY.layers * LAYER_BYTES
+    assert outbox.sender.sending.staged_bytes > GEOMETRY.layers * LAYER_BYTES
     assert (full.frames_seen.qsize(), outbox.sent.qsize()) == (frames_before, 0)
     assert full.inbox.take("first") is not None
     sent = outbox.result()
@@ -610,7 +616,7 @@ def test_a_full_stage_gives_up_who_does_not_move_and_others_get_on(
     silent, other = start(Silent(loop, "Push")), start(Receiver(loop))
     outbox = make_outbox(max_staged_bytes=len(LARGE) * 3 // 2)
     push_layer(outbox.open(silent, "stands"), 0, LARGE)
-    assert outbox.sender.staged_bytes > len(LARGE)
+    assert outbox.sender.sending.staged_bytes > len(LARGE)
     transfer = outbox.open(other, "moves")
     push_layer(transfer, 0, LARGE)
     sent = outbox.result()
@@ -657,7 +663,7 @@ def test_the_stage_has_room_when_a_frame_is_sent(make_outbox: MakeOutbox) -> Non
     assert through.empty()
     sender.unstage(60)
     assert through.get(timeout=SOON_S)
-    assert sender.staged_bytes == 50
+    assert sender.sending.staged_bytes == 50
     sender.unstage(50)
     thread.join(SOON_S)
 

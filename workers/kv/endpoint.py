@@ -14,6 +14,7 @@ from cluster.wire import kv_pb2, worker_pb2
 from workers.kv.inbox import Inbox
 from workers.kv.incoming import KvGeometry
 from workers.kv.sender import Sender
+from workers.kv.sending import RanksSending, Sending
 from workers.kv.shared import SharedFrames
 from workers.kv.transfer import Transfer
 
@@ -35,6 +36,8 @@ class KvEndpoint:
     overlap: Literal["auto", "always", "never"] = "auto"
     one_go_s: float = 0.02
     """auto: a transfer that is expected to take no longer goes in one go, after its prefill."""
+    ranks_sending: RanksSending | None = None
+    """Where the model's ranks send, and not this process."""
     _sending: dict[str, Transfer | None] = field(default_factory=dict)
     _after_step: deque[tuple[int, Callable[[], None]]] = field(default_factory=deque)
     _released: list[str] = field(default_factory=list)
@@ -43,6 +46,12 @@ class KvEndpoint:
     @property
     def geometry(self) -> KvGeometry:
         return self.inbox.geometry
+
+    @property
+    def outgoing(self) -> Sending:
+        """What is held for transfers to others, here and in the ranks."""
+        own = self.sender.sending
+        return own if self.ranks_sending is None else own + self.ranks_sending.total()
 
     def overlaps(self, send: worker_pb2.SendKv, tokens: int) -> bool:
         """Whether a prompt's KV is pushed layer by layer while it is computed.

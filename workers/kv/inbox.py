@@ -235,6 +235,17 @@ class Inbox:
             self._fail(transfer, reason)
             self._notice(transfer)
 
+    def stream_broke(
+        self, transfer_id: str, opened: kv_pb2.OpenTransfer | None, reason: str
+    ) -> None:
+        """The stream that `opened` a part of it has ended, and what comes by other ways with it.
+        What has come is here: other parts are none of its business."""
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+            if transfer and opened and transfer.part_has_come(transfer.heads_of(opened)):
+                return
+        self.fail(transfer_id, reason)
+
     def sweep(self) -> list[str]:
         """Fail and forget transfers that nobody touched in time. Returns their ids."""
         now = self._clock()

@@ -164,9 +164,7 @@ class Incoming:
 
     def take_open(self, opened: kv_pb2.OpenTransfer) -> str:
         """Its first part is opened, or another one. Returns why that is wrong, or ""."""
-        heads = range(self.geometry.first_head, self.geometry.first_head + self.geometry.heads)
-        if opened.heads:
-            heads = range(opened.first_head, opened.first_head + opened.heads)
+        heads = self.heads_of(opened)
         if any(_common(heads, part.heads) for part in self.parts):
             return "the transfer was opened twice"
         expected, sender = self.expected_sender, sender_of(opened)
@@ -183,6 +181,12 @@ class Incoming:
         if self.open is None:
             self.open = opened
         return ""
+
+    def heads_of(self, opened: kv_pb2.OpenTransfer) -> range:
+        """Those of the part that it opens."""
+        if opened.heads:
+            return range(opened.first_head, opened.first_head + opened.heads)
+        return range(self.geometry.first_head, self.geometry.first_head + self.geometry.heads)
 
     def uncoded_bytes(self) -> int:
         """What is to come, without a codec."""

@@ -22,6 +22,7 @@ from cluster.logs import configure_logs
 from cluster.wire import kv_pb2, worker_pb2
 from workers.kv.incoming import KvGeometry
 from workers.kv.sender import Identity, Sender, log_undelivered
+from workers.kv.sending import RankSending
 from workers.kv.shared import SharedFrames
 from workers.kv.transfer import Transfer
 from workers.kv.transports import make_transports
@@ -56,6 +57,8 @@ class RankSettings:
     """Of the interface that other workers reach."""
     transport: str
     """As in the configuration."""
+    sending: str
+    """Where a rank tells what its sender holds: the path of a RanksSending."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -131,6 +134,7 @@ class RankEndpoint:
             self._transports,
             settings.transport,
             (part.first_head, part.heads),
+            on_change=RankSending(settings.sending, rank).tell,
         )
         self._sending: dict[str, Transfer] = {}
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from cluster.wire import kv_pb2, worker_pb2
 from workers.kv.group import OutgoingGroup, Transport
 from workers.kv.peer import Peer
+from workers.kv.sending import Sending
 from workers.kv.transfer import GRPC, STALLED_S, Sent, Transfer
 
 logger = logging.getLogger(__name__)
@@ -45,10 +46,12 @@ class Sender:
         transports: Sequence[Transport] = (),
         wanted: str = GRPC,
         heads: tuple[int, int] = (0, 0),
+        on_change: Callable[[Sending], None] | None = None,
     ) -> None:
         """`transports`: the ways beside gRPC to be tried, the best first. `wanted`: the one asked
         for, or `auto`: then a peer without one is nothing to warn of. `heads`: the first of
-        those sent from here, and how many; 0 for all of the model."""
+        those sent from here, and how many; 0 for all of the model. `on_change` is told what is
+        held whenever it is more or less than before."""
         self._identity = identity
         self._transports = transports
         self._wanted = wanted
@@ -56,6 +59,7 @@ class Sender:
         self._deadline_s = transfer_deadline_s
         self._on_sent = on_sent
         self._first_head, self._heads = heads
+        self._on_change = on_change
         self._staged = 0
         self._room = threading.Condition()
         self._peers: dict[tuple[str, str], Peer] = {}
@@ -63,20 +67,17 @@ class Sender:
         self._transfers: set[Transfer] = set()
 
     @property
-    def staged_bytes(self) -> int:
-        return self._staged
+    def sending(self) -> Sending:
+        return Sending(len(self._transfers), self._staged, len(self._peers))
 
-    @property
-    def transfers(self) -> int:
-        return len(self._transfers)
-
-    @property
-    def peers(self) -> int:
-        return len(self._peers)
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self.sending)
 
     def open(self, send: worker_pb2.SendKv, tokens: int, prompt_digest: bytes) -> Transfer:
         transfer = Transfer(self, send, self._deadline_s)
         self._transfers.add(transfer)
+        self._changed()
         transfer.start(
             kv_pb2.OpenTransfer(
                 tokens=tokens,
@@ -101,6 +102,7 @@ class Sender:
                     return False
                 if self._staged == 0 or self._staged + size_bytes <= self.max_staged_bytes:
                     self._staged += size_bytes
+                    self._changed()
                     return True
                 now = time.monotonic()
                 if now >= until_s:
@@ -114,6 +116,7 @@ class Sender:
     def unstage(self, size_bytes: int) -> None:
         with self._room:
             self._staged -= size_bytes
+            self._changed()
             self._room.notify_all()
 
     def peer(self, send: worker_pb2.SendKv) -> Peer:
@@ -124,12 +127,14 @@ class Sender:
                 for stale in [k for k in self._peers if k[0] == send.address]:
                     self._peers.pop(stale).close()
                 peer = self._peers[key] = Peer(send.address, send.incarnation)
+                self._changed()
             return peer
 
     def lost(self, send: worker_pb2.SendKv) -> None:
         """Nobody answers there: a worker that comes again has a new address or incarnation."""
         with self._peers_lock:
             peer = self._peers.pop((send.address, send.incarnation), None)
+            self._changed()
         if peer is not None:
             peer.channel.close()
 
@@ -169,6 +174,7 @@ class Sender:
 
     def ended(self, transfer: Transfer, sent: Sent) -> None:
         self._transfers.discard(transfer)
+        self._changed()
         self._on_sent(sent)
 
     def close(self, timeout_s: float = 2.0) -> None:

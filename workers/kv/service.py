@@ -113,6 +113,7 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
         # Told beside the frames, so that one whose first frame is damaged fails at once as well.
         transfer_id = dict(context.invocation_metadata() or ()).get(TRANSFER_KEY, "")
         state = TransferState.FAILED
+        opened: kv_pb2.OpenTransfer | None = None
         try:
             async for message in frames:
                 for frame in decode_frames(message):
@@ -144,7 +145,7 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
         finally:
             # Also when the sender's process or connection is gone. Other parts may be on their way.
             if state is not TransferState.WHOLE:
-                self._inbox.fail(transfer_id, _ENDED_EARLY)
+                self._inbox.stream_broke(transfer_id, opened, _ENDED_EARLY)
 
     async def _credit(self, transfer_id: str, expects_held: bool) -> str:
         """Wait for it. Returns why there is none."""
