@@ -403,14 +403,12 @@ class ClusterCore(EveryWorker):
         now, step_ended_s = self._clock(), outputs.timestamp
         outputs.timestamp = worker.clock.here_s(step_ended_s, now)
         shift_s = outputs.timestamp - step_ended_s
-        self.scheduler.on_step(
-            worker.key,
-            outputs.timestamp,
-            {
-                output.request_id: output.prefill_stats and output.prefill_stats.num_computed_tokens
-                for output in outputs.outputs
-            },
-        )
+        legs = {
+            output.request_id: output.prefill_stats and output.prefill_stats.num_computed_tokens
+            for output in outputs.outputs
+        }
+        if legs:
+            self.scheduler.on_step(worker.key, outputs.timestamp, legs)
         delivered: list[EngineCoreOutput] = []
         for output in outputs.outputs:
             leg_id = output.request_id

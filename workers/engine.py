@@ -25,6 +25,7 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.executor import Executor
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder
 
@@ -45,6 +46,12 @@ IDLE_STEP_S = 0.001
 """Pause after a step that ran nothing although requests are there."""
 
 SWEEP_EVERY_S = 0.5
+
+NO_CLIENT = 0
+"""Whom vLLM gives the stats of a step without outputs. Clients are counted from 1."""
+
+KV_USAGE_TOLD = 0.01
+"""Less of a change is told with a step's outputs, but not by itself, unless the cache is free."""
 
 
 @dataclass(slots=True)
@@ -90,6 +97,7 @@ class EngineHost:
         self._steps_ended = 0
         """Those scheduled whose outputs are here."""
         self._next_sweep_s = 0.0
+        self._load_told = worker_pb2.WorkerLoad()
         self._started = threading.Event()
         self._error: BaseException | None = None
         self._core: EngineCore | None = None
@@ -204,6 +212,7 @@ class EngineHost:
         self._release_compiled()
         if not (core.scheduler.has_requests() or core.batch_queue):
             self.turns += 1
+            self._tell_load(self.load(), None)
             return
         outputs, executed = core.step_fn()
         core.post_step(executed)
@@ -213,19 +222,33 @@ class EngineHost:
         running = core.scheduler.get_request_counts()[0] and not core.is_scheduler_paused()
         self.turns += executed or not running
         kv_events = self._kv_events.take() if self._kv_events else None
-        if outputs:
-            load = self.load()
-            for client, client_outputs in outputs.items():
-                self._listener.on_outputs(client, client_outputs, load, kv_events)
-        if kv_events:
-            self._listener.on_kv_events(kv_events, to=None, told=outputs or ())
         # Where vLLM has the next step run already, this one's outputs come a turn later.
         self._steps_ended += outputs is not None
+        outputs = outputs or {}
+        to_nobody = outputs.pop(NO_CLIENT, None)
+        load = self.load()
+        for client, client_outputs in outputs.items():
+            self._listener.on_outputs(client, client_outputs, load, kv_events)
+        self._tell_load(load, to_nobody and to_nobody.scheduler_stats)
+        if kv_events:
+            self._listener.on_kv_events(kv_events, to=None, told=outputs)
         self._endpoint.step_ended(self._steps_ended)
         for transfer_id in self._endpoint.take_released():
             self.held.release(transfer_id)
         if not executed and core.scheduler.has_requests():
             time.sleep(IDLE_STEP_S)
+
+    def _tell_load(self, load: worker_pb2.WorkerLoad, stats: SchedulerStats | None) -> None:
+        told = self._load_told
+        if (
+            stats is not None
+            or (load.running, load.waiting) != (told.running, told.waiting)
+            or load.inbox_bytes != told.inbox_bytes
+            or abs(load.kv_usage - told.kv_usage) >= KV_USAGE_TOLD
+            or bool(load.kv_usage) != bool(told.kv_usage)
+        ):
+            self._load_told = load
+            self._listener.on_load(load, stats)
 
     def load(self) -> worker_pb2.WorkerLoad:
         running, waiting = self.core.scheduler.get_request_counts()

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
+from vllm.v1.metrics.stats import SchedulerStats
 
 from cluster.wire import worker_pb2
 
@@ -20,6 +21,10 @@ class EngineListener(Protocol):
         load: worker_pb2.WorkerLoad,
         kv_events: worker_pb2.KvEvents | None = None,
     ) -> None: ...
+
+    def on_load(self, load: worker_pb2.WorkerLoad, stats: SchedulerStats | None) -> None:
+        """For all who have not been told with their outputs; and a step's stats that had none to go
+        with, for one of them."""
 
     def on_kv_events(
         self, kv_events: worker_pb2.KvEvents, to: int | None, told: Collection[int] = ()

@@ -14,6 +14,7 @@ import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from cluster.arrivals import Arrivals, MessageLost
@@ -58,6 +59,8 @@ class _Link:
     request_ids: set[str] = field(default_factory=set)
     holds: set[str] = field(default_factory=set)
     """Transfers for which beginnings are held, until their decode leg comes."""
+    load: worker_pb2.WorkerLoad | None = None
+    """That it was told last."""
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -68,6 +71,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._links: dict[int, _Link] = {}
         self._next_client = 0
         self._encoder = MsgpackEncoder()
+        self._load = worker_pb2.WorkerLoad()
+        self._gauges = SchedulerStats()
         self.failed: asyncio.Future[str] = loop.create_future()
         self.stuck = False
         self.description = worker_pb2.WorkerDescription()
@@ -107,6 +112,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._next_client += 1
         link = self._links[self._next_client] = _Link(self._next_client)
         self.engine.tell_kv(link.client)
+        self._send_load(self._load, None)
         reader = asyncio.create_task(self._read(link, requests))
         try:
             while (batch := await link.outgoing.take()) is not None:
@@ -175,6 +181,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> None:
         self._loop.call_soon_threadsafe(self._send_outputs, client, outputs, load, kv_events)
 
+    def on_load(self, load: worker_pb2.WorkerLoad, stats: SchedulerStats | None) -> None:
+        self._loop.call_soon_threadsafe(self._send_load, load, stats)
+
     def on_kv_events(
         self, kv_events: worker_pb2.KvEvents, to: int | None, told: Collection[int] = ()
     ) -> None:
@@ -214,15 +223,44 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         load: worker_pb2.WorkerLoad,
         kv_events: worker_pb2.KvEvents | None,
     ) -> None:
+        if outputs.scheduler_stats is not None:
+            self._gauges = gauges_of(outputs.scheduler_stats)
         link = self._links.get(client)
         if link is None:
+            # Others still count what is in them.
+            if outputs.scheduler_stats is not None:
+                self._send_load(load, outputs.scheduler_stats)
             return
         for output in outputs.outputs:
             if output.finish_reason is not None:
                 link.request_ids.discard(output.request_id)
+        self._send_step(link, outputs, load, kv_events)
+
+    def _send_load(self, load: worker_pb2.WorkerLoad, stats: SchedulerStats | None) -> None:
+        """To all who do not know it; a step's stats to one of them, or else to anyone."""
+        self._load = load
+        if stats is not None:
+            self._gauges = gauges_of(stats)
+        unaware = [link for link in self._links.values() if link.load != load]
+        if stats is not None and not unaware:
+            unaware = list(self._links.values())[:1]
+        for link in unaware:
+            self._send_step(link, EngineCoreOutputs(scheduler_stats=stats), load)
+            stats = None
+
+    def _send_step(
+        self,
+        link: _Link,
+        outputs: EngineCoreOutputs,
+        load: worker_pb2.WorkerLoad,
+        kv_events: worker_pb2.KvEvents | None = None,
+    ) -> None:
+        link.load = load
+        if outputs.scheduler_stats is None:
+            outputs.scheduler_stats = self._gauges
         buffers = [bytes(buffer) for buffer in self._encoder.encode(outputs)]
         step = worker_pb2.StepOutputs(outputs=buffers, load=load, kv_events=kv_events)
-        self._send(client, worker_pb2.FromEngine(outputs=step))
+        self._send(link.client, worker_pb2.FromEngine(outputs=step))
 
     def _send_kv_events(
         self, kv_events: worker_pb2.KvEvents, to: int | None, told: Collection[int]
@@ -253,6 +291,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._send(client, worker_pb2.FromEngine(failed=failed))
         if not self.failed.done():
             self.failed.set_result(message)
+
+
+def gauges_of(stats: SchedulerStats) -> SchedulerStats:
+    """What may be told to several routers: the rest is counted, and goes to one."""
+    return SchedulerStats(
+        num_running_reqs=stats.num_running_reqs,
+        num_waiting_reqs=stats.num_waiting_reqs,
+        num_skipped_waiting_reqs=stats.num_skipped_waiting_reqs,
+        kv_cache_usage=stats.kv_cache_usage,
+    )
 
 
 async def add_standard_services(server: grpc.aio.Server) -> Any:

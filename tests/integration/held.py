@@ -110,13 +110,16 @@ class Watch:
     def closed(self, pool: str, gate: str, says: str = "closed") -> Iterator[None]:
         for mark in self.gates.glob(f"{pool}-*.{gate}"):
             mark.unlink()
-        part = self.gates / f"{pool}.{gate}.part"
-        part.write_text(says)
-        part.rename(self.gates / f"{pool}.{gate}")
+        self.close(pool, gate, says)
         try:
             yield
         finally:
             (self.gates / f"{pool}.{gate}").unlink()
+
+    def close(self, pool: str, gate: str, says: str) -> None:
+        part = self.gates / f"{pool}.{gate}.part"
+        part.write_text(says)
+        part.rename(self.gates / f"{pool}.{gate}")
 
     def settles_to(self, expected: Held) -> None:
         """Within FREE_S, all processes hold what they are to hold, and no more."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 
+from cluster.scheduler.view import WorkerView
 from router import __main__ as router_main
 
 
@@ -24,10 +25,16 @@ def held_by(app: FastAPI) -> dict[str, int]:
         "charges": len(scheduler._charges),
         "queued": scheduler.queued,
         "load": sum(sum(map(abs, load)) for load in scheduler.own_load().values()),
+        "reported": sum(map(reported_by, scheduler.view.workers.values())),
         "calls": sum(len(worker.calls) for worker in core.workers.values()),
         "unsent": sum(worker.link._outgoing.waiting for worker in core.workers.values()),
         "tasks": len(asyncio.all_tasks()),
     }
+
+
+def reported_by(worker: WorkerView) -> int:
+    percent = round(100 * worker.reported_kv_usage)
+    return worker.reported_running + worker.reported_waiting + worker.reported_inbox_bytes + percent
 
 
 def tell() -> None:

@@ -28,7 +28,7 @@ from tests.integration.gated_worker import (
 )
 from tests.integration.held import Client, Held, OtherRouter, OtherSender, Watch, wait_until
 from tests.integration.test_equal_to_plain_vllm import prompt_of
-from tests.processes import Cluster
+from tests.processes import Cluster, metrics
 from workers.kv.frames import encode_frame
 
 IN_ONE_GO, LAYER_BY_LAYER = 8, 450
@@ -222,10 +222,31 @@ def dropping(transfer_id: str) -> worker_pb2.ToEngine:
     return worker_pb2.ToEngine(drop=worker_pb2.DropTransfer(transfer_id=transfer_id))
 
 
-def test_waiting_for_room_after_the_prefill(watch: Watch, idle: Held, stream: bool) -> None:
+def held_when_full(watch: Watch, idle: Held) -> Held:
+    """What is held while all inboxes are full, and the router knows it."""
     with full_inboxes(watch):
+        full_bytes = watch.decode("inbox_bytes")
+        wait_until("it is told", lambda: watch.now()["router"]["reported"] == full_bytes)
         full = watch.now()
-        client = Client(watch.cluster.url, asking(IN_ONE_GO), stream)
+    watch.settles_to(idle)
+    return full
+
+
+@contextlib.contextmanager
+def full_behind(watch: Watch, tokens: int, stream: bool) -> Iterator[Client]:
+    """The inboxes are full when a client's request has been placed, and its prefill has not begun,
+    for the engine is closed: a router that knows of it hands nothing over."""
+    client = Client(watch.cluster.url, asking(tokens), stream)
+    wait_until("it is placed", lambda: watch.worker("prefill-0")["requests"])
+    with full_inboxes(watch):
+        yield client
+
+
+def test_waiting_for_room_after_the_prefill(watch: Watch, idle: Held, stream: bool) -> None:
+    full = held_when_full(watch, idle)
+    with contextlib.ExitStack() as filled:
+        with watch.closed("prefill", ENGINE, "any"):
+            client = filled.enter_context(full_behind(watch, IN_ONE_GO, stream))
         wait_until(
             "the decode leg waits for KV that has no room",
             lambda: watch.decode("waiting") and watch.worker("prefill-0")["sending_transfers"],
@@ -237,10 +258,13 @@ def test_waiting_for_room_after_the_prefill(watch: Watch, idle: Held, stream: bo
 
 
 def test_waiting_for_room_during_the_prefill(watch: Watch, idle: Held, stream: bool) -> None:
-    with full_inboxes(watch), watch.closed("prefill", ENGINE, "computing"):
-        full = watch.now()
-        client = Client(watch.cluster.url, asking(LAYER_BY_LAYER), stream)
+    full = held_when_full(watch, idle)
+    with (
+        watch.closed("prefill", ENGINE, "any"),
+        full_behind(watch, LAYER_BY_LAYER, stream) as client,
+    ):
         there = watch.decode("inbox_transfers") + 1
+        watch.close("prefill", ENGINE, "computing")
         wait_until(
             "KV waits that has no room",
             lambda: (
@@ -308,13 +332,21 @@ def test_with_a_beginning_that_is_held(watch: Watch, idle: Held, stream: bool, s
         watch.settles_to(idle)
 
 
+def running(watch: Watch) -> float:
+    """As the front end shows it."""
+    shown = metrics(watch.cluster.url)
+    return sum(value for name, value in shown.items() if name.startswith("vllm:num_requests_runn"))
+
+
 def test_during_decode(watch: Watch, idle: Held, stream: bool) -> None:
     with watch.closed("decode", ENGINE, "decoding"):
         client = Client(watch.cluster.url, asking(LAYER_BY_LAYER), stream)
         wait_until("some is decoded", lambda: watch.reached("decode", ENGINE))
         assert watch.decode("kv_blocks")
+        wait_until("the router shows it", lambda: running(watch) == 1)
         client.leave()
         watch.settles_to(idle)
+    assert running(watch) == 0
 
 
 # --- messages that come twice, or when all is over ------------------------------------------------
@@ -442,7 +474,7 @@ def test_a_leg_comes_again(watch: Watch, idle: Held, over: Record) -> None:
     refused."""
     with OtherRouter(watch.channel("prefill-0")) as router:
         router.send(worker_pb2.ToEngine(add=over.prefill))
-        router.hears("outputs")
+        done_so_far(router)
         wait_until("it ends", lambda: not watch.worker("prefill-0")["requests"])
     watch.settles_to(idle)
     with OtherRouter(watch.channel(over.decode_worker)) as router:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cluster.scheduler.life import Failure
@@ -147,6 +148,17 @@ async def test_steps_of_a_batch_ended_one_after_the_other() -> None:
     router.hears(*(step(1.0 + 0.1 * n, EngineCoreOutput(leg, [n])) for n in range(1, 4)))
     passed = [outputs.timestamp for outputs in await router.passes_on()]
     assert passed == pytest.approx([50.0, 50.1, 50.2, 50.3], abs=0.001)
+
+
+async def test_what_is_told_between_two_steps_is_no_step() -> None:
+    router = Router()
+    leg = await router.leg_of("a")
+    rates = router.core.scheduler.view.workers[KEY].rates
+    unknown = rates.step.factor
+    router.hears(step(1.0, EngineCoreOutput(leg, [1])))
+    router.hears(EngineCoreOutputs(scheduler_stats=SchedulerStats(num_running_reqs=1)))
+    router.hears(step(1.1, EngineCoreOutput(leg, [2])))
+    assert rates.step.factor != unknown
 
 
 async def test_a_lost_workers_leg_is_not_passed_on() -> None:
