@@ -1,7 +1,7 @@
 """Workers and routers forked from a process that has imported vLLM already: that takes 10 s of CPU,
 and tests would pay it for each process that they start.
 
-    python -m tests.nursery
+    python -m tests.nursery FOLDER
 
 takes a JSON line for each process to start, and answers with its id. All end with it.
 """
@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -33,14 +34,18 @@ ENVIRONMENT = {
 }
 
 
+TOLD_S = 10.0
+
+
 class Forked:
     """What `Process` needs of a `Popen`, for a process that is another one's child."""
 
-    def __init__(self, pid: int, args: list[str]) -> None:
+    def __init__(self, pid: int, args: list[str], status: Path) -> None:
         self.pid = pid
         self.args = args
         self.returncode: int | None = None
-        """Once it has ended; with what is not known."""
+        self._status = status
+        """Where its parent tells how it has ended."""
         self._file = os.pidfd_open(pid)
 
     def poll(self) -> int | None:
@@ -53,7 +58,8 @@ class Forked:
             if not select.select([self._file], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
             self._ended()
-        return 0
+        assert self.returncode is not None
+        return self.returncode
 
     def send_signal(self, signum: int) -> None:
         if self.poll() is None:
@@ -67,15 +73,21 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def _ended(self) -> None:
-        self.returncode = 0
+        # Its parent hears of it when we do.
+        until_s = time.monotonic() + TOLD_S
+        while not self._status.exists():
+            assert time.monotonic() < until_s, f"nobody tells how {self.pid} has ended"
+            time.sleep(0.001)
+        self.returncode = int(self._status.read_text())
         os.close(self._file)
 
 
 class Nursery:
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._log = (folder / "nursery.log").open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.nursery"],
+            [sys.executable, "-m", "tests.nursery", str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -100,7 +112,7 @@ class Nursery:
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
         pid = int(self._process.stdout.readline())
-        return Process(name, Forked(pid, command), log)  # type: ignore[arg-type]
+        return Process(name, Forked(pid, command, status_of(pid, self._folder)), log)  # type: ignore[arg-type]
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -108,6 +120,10 @@ class Nursery:
         self._process.wait()
         self._process.stdout.close()
         self._log.close()
+
+
+def status_of(pid: int, folder: Path) -> Path:
+    return folder / f"{pid}.status"
 
 
 def run(order: dict[str, Any]) -> int:
@@ -147,18 +163,32 @@ def main() -> None:
     import router.server  # noqa: F401
     import workers.worker  # noqa: F401
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    folder = Path(sys.argv[1])
+
+    def tell(signum: int, frame: object) -> None:
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                path = status_of(ended[0], folder)
+                written = path.with_suffix(".written")
+                written.write_text(str(os.waitstatus_to_exitcode(ended[1])))
+                written.rename(path)
+
+    signal.signal(signal.SIGCHLD, tell)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     children: list[int] = []
     for line in sys.stdin:
+        # Not told of its end before it is known.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         pid = os.fork()
         if pid == 0:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
             signal.signal(signal.SIGINT, signal.default_int_handler)
             status = run(json.loads(line))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
         children.append(os.pidfd_open(pid))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         print(pid, flush=True)
     for child in children:
         with suppress(ProcessLookupError):
