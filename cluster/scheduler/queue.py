@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 AGING_S = 5.0
 """Having waited this long is worth one priority, as far as anyone is that important."""
 SMOOTHING = 0.2
+FADE = 0.97
+"""What the pace of late counts a second after the next one was due. Whom it refuses cannot show a
+better one."""
 ENDS_MAX = 64
 """Tenants remembered that don't wait."""
 
@@ -48,6 +51,8 @@ class FairQueue:
     """None: nobody was left then."""
     _interval_s: float = 0.0
     """From one that is taken to the next."""
+    _seen_at_s: float = 0.0
+    """When that was."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -71,7 +76,9 @@ class FairQueue:
         tenants = len({tenant for _, tenant in self._lines})
         self._virtual = max(self._virtual, waiting.start) + waiting.tokens / tenants
         if self._taken_at_s is not None:
-            self._interval_s += SMOOTHING * (now_s - self._taken_at_s - self._interval_s)
+            pace_s = self._pace_s(now_s)
+            self._interval_s = pace_s + SMOOTHING * (now_s - self._taken_at_s - pace_s)
+            self._seen_at_s = now_s
         self._taken_at_s = now_s
         self.remove(request_id)
         if len(self._ends) > 2 * len(self._by_id) + ENDS_MAX:
@@ -113,10 +120,14 @@ class FairQueue:
     def waiting_longer_than(self, limit_s: float, now_s: float) -> list[str]:
         return [w.request_id for w in self._by_id.values() if now_s - w.since_s > limit_s]
 
-    def wait_s(self, priority: int) -> float:
+    def wait_s(self, priority: int, now_s: float) -> float:
         """What one more of this priority would wait, at the pace of late."""
         ahead = sum(len(line) for (other, _), line in self._lines.items() if other <= priority)
-        return (ahead + 1) * self._interval_s
+        return (ahead + 1) * self._pace_s(now_s)
+
+    def _pace_s(self, now_s: float) -> float:
+        late_s = now_s - self._seen_at_s - self._interval_s
+        return self._interval_s * float(FADE ** max(0.0, late_s))
 
     def _rank(self, waiting: _Waiting, now_s: float, best: int) -> tuple[int, float, int]:
         if waiting.priority < 0:

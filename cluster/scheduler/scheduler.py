@@ -84,12 +84,11 @@ class Scheduler:
             actions = self._place(life, ask.slo.promises)
             if actions is not None:
                 return actions
-        wait_s = self._queue.wait_s(ask.slo.priority)
+        wait_s = self._queue.wait_s(ask.slo.priority, now_s)
         if len(self._queue) >= self.queued_max:
             reason = f"{self.queued_max} requests are waiting already"
             return self._forget(life, life.fail(reason, Failure.QUEUE_FULL, wait_s))
-        # Somebody has to wait for the pace of late to be seen.
-        if self._queue and ask.slo.ttft_s is not None and wait_s > ask.slo.ttft_s:
+        if ask.slo.ttft_s is not None and wait_s > ask.slo.ttft_s:
             reason = f"it would wait {wait_s:.2f} s for a worker"
             miss = life.fail(reason, Failure.SLO, wait_s - ask.slo.ttft_s)
             return self._forget(life, miss)

@@ -66,14 +66,17 @@ def test_a_tenant_with_many_requests_does_not_hold_up_another() -> None:
 
 def test_it_tells_how_long_one_more_would_wait() -> None:
     queue = FairQueue()
-    assert queue.wait_s(0) == 0
+    assert queue.wait_s(0, 0.0) == 0
     for i in range(60):
         queue.add(f"r{i}", 0.0, i % 2, "", 10)
     for i in range(50):
         queue.take(first(queue, i + 1.0), i + 1.0)
     assert len(queue) == 10
-    assert 10.9 < queue.wait_s(1) <= 11.0
-    assert queue.wait_s(0) < queue.wait_s(1)
+    assert 10.9 < queue.wait_s(1, 50.5) <= 11.0
+    assert queue.wait_s(0, 50.5) < queue.wait_s(1, 50.5)
+    # As long as nobody is taken, that is forgotten by and by.
+    assert queue.wait_s(1, 60.0) < queue.wait_s(1, 51.0)
+    assert queue.wait_s(1, 600.0) < 0.01
 
 
 def test_tenants_that_have_gone_are_forgotten() -> None:
