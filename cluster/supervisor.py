@@ -8,7 +8,6 @@ import dataclasses
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cluster.before_start import StartFailed, check_start, ranks, router_ports
 from cluster.config import BatonConfig, LocalNode
 from cluster.controller_settings import ControllerSettings
 from cluster.engine_build import on_gpu
@@ -33,12 +33,10 @@ from cluster.membership import (
 from cluster.processes import adopt_orphans, free_port, reap_children, signals_kept
 from cluster.ray_calls import NAMESPACE, awaited
 from cluster.router_process import ROUTER_COMMAND, router_environment, router_url
-from cluster.run_file import RunFile, run_file_path, running
+from cluster.run_file import RunFile, run_file_path
 from cluster.scheduler.view import Pool
 from cluster.vllm_args import flag_value, tensor_parallel, vllm_args
 
-MEMORY_PER_CPU_WORKER_BYTES = 2 << 30
-"""A vLLM process on CPU takes 1.7 GB beside weights and KV (measured, vLLM 0.32)."""
 OBJECT_STORE_BYTES = 100 << 20
 """Ray's smallest object store: Baton passes no objects through Ray."""
 ROUTERS_HANDOFF = {"adopt_deadline_s", "when"}
@@ -47,10 +45,6 @@ POLL_S = 0.25
 STOP_DEADLINE_S = 20.0
 RESTART_PAUSE_S = 1.0
 """Before a router that has ended is started again, which takes far longer."""
-
-
-class StartFailed(Exception):
-    """The cluster cannot be started. The message says why, in one line."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +75,7 @@ class Supervisor:
         """The cluster's workers were there already."""
 
     async def __aenter__(self) -> Self:
-        self._check()
+        check_start(self.config)
         # A short path: Ray makes Unix sockets below it, whose paths may have 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="baton-"))
         adopt_orphans()
@@ -162,53 +156,6 @@ class Supervisor:
 
     # --- parts ----------------------------------------------------------------------------------
 
-    def _check(self) -> None:
-        """What can be found out before anything is started."""
-        config = self.config
-        other = running(config.name)
-        if other is not None:
-            raise StartFailed(
-                f"a cluster named {config.name!r} runs already at {other.url} (pid {other.pid}): "
-                "stop it with `baton down`, or give this one another --name"
-            )
-        self._check_port()
-        path = Path(config.model_path)
-        looks_local = config.model_path.startswith((".", "/", "~")) or path.exists()
-        if looks_local and not (path / "config.json").is_file():
-            raise StartFailed(
-                f"model {config.model_path}: no config.json there; give a folder with a model, or "
-                "the name of one on Hugging Face"
-            )
-        if config.ray_address is None:
-            self._check_memory()
-
-    def _check_port(self) -> None:
-        family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
-        for port in self._ports:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((self.config.host, port))
-                except OSError as error:
-                    raise StartFailed(
-                        f"port {port} on {self.config.host} cannot be used "
-                        f"({error.strerror}): choose another with --port"
-                    ) from error
-
-    def _check_memory(self) -> None:
-        if on_gpu():
-            return
-        import psutil
-
-        workers, processes = self._workers, self._worker_processes
-        needed = (processes + 1) * MEMORY_PER_CPU_WORKER_BYTES
-        free = psutil.virtual_memory().available
-        if needed > free:
-            raise StartFailed(
-                f"{workers} workers on CPU and a router need about {needed >> 30} GiB of memory, "
-                f"{free / (1 << 30):.1f} GiB are free: use fewer with --prefill and --decode"
-            )
-
     def _start_guardian(self) -> None:
         environment = {k: v for k, v in os.environ.items() if k != RUN_VARIABLE}
         paths = [str(self._folder), str(run_file_path(self.config.name))]
@@ -282,7 +229,7 @@ class Supervisor:
 
     def _start_router(self, index: int) -> subprocess.Popen[bytes]:
         environment = router_environment(
-            self.config, self._redis_url, self._router_ids[index], self._ports[index]
+            self.config, self._redis_url, self._router_ids[index], router_ports(self.config)[index]
         )
         return self._spawn(f"router-{index}", environment)
 
@@ -308,7 +255,7 @@ class Supervisor:
 
         # Ray finds the accelerators by itself. A rank of a worker takes a CPU, and a small machine
         # may have fewer of them.
-        machine = {} if on_gpu() else {"num_cpus": max(os.cpu_count() or 1, self._ranks)}
+        machine = {} if on_gpu() else {"num_cpus": max(os.cpu_count() or 1, ranks(self.config))}
         first, *others = [_ray_node(node) for node in self.config.local_nodes] or [machine]
         self._ray_cluster = Cluster(
             initialize_head=True,
@@ -377,7 +324,8 @@ class Supervisor:
             failed = [r for r in records.values() if r.state is WorkerState.FAILED]
             if failed:
                 raise StartFailed(f"worker {failed[0].worker_id}: {failed[0].detail}")
-            if sum(r.state is WorkerState.READY for r in records.values()) >= self._workers:
+            ready = sum(record.state is WorkerState.READY for record in records.values())
+            if ready >= self.config.prefill + self.config.decode:
                 return
             problem = await self._controller.problem.remote()
             if problem and not records:
@@ -443,36 +391,13 @@ class Supervisor:
         return flag_value(vllm_args(self.config), "--served-model-name")
 
     @property
-    def _ports(self) -> range:
-        return range(self.config.port, self.config.port + self.config.routers)
-
-    @property
     def urls(self) -> list[str]:
         """Each router's, the first of them `url`."""
-        return [router_url(self.config, port) for port in self._ports]
+        return [router_url(self.config, port) for port in router_ports(self.config)]
 
     @property
     def _router_ids(self) -> list[str]:
         return [f"router-{self._run_id[:6]}-{index}" for index in range(self.config.routers)]
-
-    @property
-    def _workers(self) -> int:
-        return self.config.prefill + self.config.decode
-
-    @property
-    def _ranks(self) -> int:
-        return sum(count * ranks for count, ranks in self._pools)
-
-    @property
-    def _worker_processes(self) -> int:
-        """A worker of one rank computes in its own process."""
-        return sum(count * (ranks + 1 if ranks > 1 else 1) for count, ranks in self._pools)
-
-    @property
-    def _pools(self) -> list[tuple[int, int]]:
-        """Workers of each pool, and the ranks of each of them."""
-        counts = {Pool.PREFILL: self.config.prefill, Pool.DECODE: self.config.decode}
-        return [(counts[pool], tensor_parallel(vllm_args(self.config, pool))) for pool in Pool]
 
     def _spawn(self, name: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         if self.config.verbose:

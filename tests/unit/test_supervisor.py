@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from cluster.before_start import StartFailed
 from cluster.config import BatonConfig
 from cluster.membership import (
     Membership,
@@ -14,7 +15,7 @@ from cluster.membership import (
     WorkerState,
 )
 from cluster.scheduler.view import Pool
-from cluster.supervisor import StartFailed, Supervisor
+from cluster.supervisor import Supervisor
 
 POLLS_S = 1.0
 
