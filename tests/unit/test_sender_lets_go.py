@@ -1,0 +1,162 @@
+"""A transfer that breaks off, or that nobody answers, ends in time and holds nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+
+from tests.unit.ends import (
+    LAYER_BYTES,
+    SOON_S,
+    Loop,
+    MakeOutbox,
+    Receiver,
+    Silent,
+    push_all,
+    push_layer,
+)
+from workers.kv.transfer import Sent
+
+ANY_S: float = mock.ANY
+
+
+# --- broken off -------------------------------------------------------------------------------
+
+
+def test_a_receiver_that_stops_midway_ends_the_transfer(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    push_layer(transfer, 1)
+    assert receiver.frames_seen.get(timeout=SOON_S) == 0
+    receiver.stop()
+    sent = outbox.result()
+    assert not sent.delivered
+    assert sent.reason.startswith(f"127.0.0.1:{receiver.port}: ")
+    assert transfer.done.is_set()
+    push_layer(transfer, 2)
+    # Nobody called `finish`, and still no thread waits for it.
+    outbox.assert_at_rest()
+    assert not claim.get(timeout=SOON_S).whole
+    assert receiver.inbox.bytes_held == 0
+
+
+def test_a_sender_that_gives_up_midway_fails_the_transfer(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    assert transfer.credit.wait(SOON_S)
+    transfer.abort("the prefill was aborted")
+    push_layer(transfer, 1)
+    sent = outbox.result()
+    reason = "the sender gave up: the prefill was aborted"
+    assert sent == Sent("t", False, reason, LAYER_BYTES, ANY_S)
+    settled = claim.get(timeout=SOON_S)
+    assert (settled.whole, settled.reason) == (False, reason)
+    assert receiver.inbox.bytes_held == 0
+    outbox.assert_at_rest()
+
+
+def test_a_sender_that_finishes_too_early_fails_the_transfer(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    transfer.finish()
+    sent = outbox.result()
+    reason = "the sender's stream ended before the KV was whole"
+    assert (sent.delivered, sent.reason) == (False, reason)
+    assert claim.get(timeout=SOON_S).reason == reason
+    assert receiver.inbox.bytes_held == 0
+
+
+def test_a_sender_whose_connection_is_gone_fails_the_transfer(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    push_layer(transfer, 1)
+    assert receiver.frames_seen.get(timeout=SOON_S) == 0
+    outbox.sender.peer(receiver.send_kv()).channel.close()
+    settled = claim.get(timeout=SOON_S)
+    assert not settled.whole
+    assert settled.reason == "the sender's stream ended before the KV was whole"
+    assert receiver.inbox.bytes_held == 0
+    assert not outbox.result().delivered
+    outbox.assert_at_rest()
+
+
+def test_a_stopping_worker_tells_its_receivers(receiver: Receiver, make_outbox: MakeOutbox) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    assert transfer.credit.wait(SOON_S)
+    outbox.sender.close()
+    assert claim.get(timeout=SOON_S).reason == "the sender gave up: the worker is stopping"
+    assert not outbox.result().delivered
+    outbox.assert_at_rest()
+
+
+def test_nobody_listens(receiver: Receiver, make_outbox: MakeOutbox) -> None:
+    receiver.stop()
+    outbox = make_outbox()
+    push_all(outbox.open(receiver))
+    sent = outbox.result()
+    assert not sent.delivered
+    assert "UNAVAILABLE" in sent.reason
+    outbox.assert_at_rest()
+
+
+# --- never answered ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["Pair", "Push"])
+def test_a_receiver_that_never_answers_costs_no_more_than_the_deadline(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox, method: str
+) -> None:
+    receiver = start(Silent(loop, method))
+    outbox = make_outbox(deadline_s=1.0)
+    began_s = time.monotonic()
+    for i in range(20):
+        push_all(outbox.open(receiver, f"t{i}"))
+    results = [outbox.result() for _ in range(20)]
+    # Not one after the other.
+    assert time.monotonic() - began_s < 10
+    assert not any(sent.delivered for sent in results)
+    assert all("DEADLINE_EXCEEDED" in sent.reason for sent in results)
+    outbox.assert_at_rest()
+
+
+def test_a_prefill_that_never_ends_costs_no_more_than_the_deadline(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(deadline_s=0.4), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    assert not outbox.result().delivered
+    assert not claim.get(timeout=SOON_S).whole
+    outbox.assert_at_rest()
+
+
+def test_a_stopping_worker_does_not_wait_for_silent_receivers(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
+) -> None:
+    receiver = start(Silent(loop, "Push"))
+    outbox = make_outbox()
+    for i in range(5):
+        push_layer(outbox.open(receiver, f"t{i}"), 0)
+    assert [receiver.asked.get(timeout=SOON_S) for _ in range(5)]
+    began_s = time.monotonic()
+    outbox.sender.close(timeout_s=0.5)
+    assert time.monotonic() - began_s < 2.0
+    assert not any(outbox.result().delivered for _ in range(5))
+    outbox.assert_at_rest()
