@@ -97,13 +97,15 @@ class Nursery:
     def spawn(
         self, name: str, command: list[str], folder: Path, environment: dict[str, str] | None = None
     ) -> Process:
-        """As `processes.spawn`, for `python -m MODULE SETTINGS`, also in a network namespace."""
-        *launcher, python, minus_m, module, settings = command
-        if (python, minus_m) != (sys.executable, "-m"):
+        """As `processes.spawn`, for `python -m MODULE ...`, also in a network namespace."""
+        if sys.executable not in command:
             return spawn(name, command, folder, environment)
+        at = command.index(sys.executable)
+        launcher, (minus_m, *argv) = command[:at], command[at + 1 :]
+        assert minus_m == "-m", command
         log = folder / f"{name}.log"
         order = {
-            "argv": [module, settings],
+            "argv": argv,
             "log": str(log),
             "environment": environment or {},
             "namespace": launcher[-1] if launcher else "",

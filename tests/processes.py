@@ -304,14 +304,18 @@ def metrics(url: str) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def plain_vllm(folder: Path, vllm_args: list[str]) -> Iterator[str]:
+def plain_vllm(folder: Path, vllm_args: list[str], spawn: Callable[..., Process]) -> Iterator[str]:
     """One ordinary vLLM server, to compare with."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     command += [*vllm_args, "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryDirectory(prefix="bt", ignore_cleanup_errors=True) as temporary:
-        one_thread = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-        environment = {**temporary_files_in(temporary), **one_thread}
+        environment = {
+            **temporary_files_in(temporary),
+            **{"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
+            # As vLLM has it if nothing is said.
+            **{"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"},
+        }
         process = spawn("plain", command, folder, environment)
         try:
             url = f"http://127.0.0.1:{port}"

@@ -298,6 +298,8 @@ def test_drain_of_every_worker_under_load_fails_no_request(running: Up) -> None:
                 answer = repr(error)
             if answer != expected[prompt]:
                 wrong.append((prompt, answer))
+            # So that the machine has time for the workers that start, too.
+            stop.wait(0.5)
 
     threads = [threading.Thread(target=load, args=(i,)) for i in range(4)]
     for thread in threads:

@@ -84,7 +84,8 @@ def gated_cluster(
 
 
 @pytest.fixture(scope="session")
-def plain(folder: Path, vllm_args: list[str]) -> Iterator[str]:
+def plain(folder: Path, vllm_args: list[str], nursery: Nursery) -> Iterator[str]:
     # Prompts in one chunk: vLLM's CPU engine dies of a seeded prompt in two.
-    with plain_vllm(folder, [*vllm_args, "--max-num-batched-tokens", "4096"]) as url:
+    args = [*vllm_args, "--max-num-batched-tokens", "4096"]
+    with plain_vllm(folder, args, nursery.spawn) as url:
         yield url

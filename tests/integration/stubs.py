@@ -11,14 +11,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.processes import Cluster, Process, free_port, redis_server, spawn
+from tests.nursery import Nursery
+from tests.processes import Cluster, Process, free_port, redis_server
 
 INTERVAL_S = 0.05
 DEADLINE_S = 60.0
 
 
 @contextlib.contextmanager
-def stub_workers(folder: Path, vllm_args: list[str]) -> Iterator[Cluster]:
+def stub_workers(folder: Path, vllm_args: list[str], nursery: Nursery) -> Iterator[Cluster]:
     """A cluster without a router, whose decode worker makes a token each INTERVAL_S."""
     with redis_server(folder) as (redis_url, _):
         args = [*vllm_args, "--max-model-len", "2048"]
@@ -38,8 +39,8 @@ def stub_workers(folder: Path, vllm_args: list[str]) -> Iterator[Cluster]:
             for pool in ("prefill", "decode")
         ]
         command = [sys.executable, "-m", "workers.stub", str(control_port), *settings]
-        workers = spawn("stubs", command, folder)
-        cluster = Cluster("", redis_url, folder, args)
+        workers = nursery.spawn("stubs", command, folder)
+        cluster = Cluster("", redis_url, folder, args, spawn=nursery.spawn)
         try:
             _set_pace(control_port, workers)
             yield cluster

@@ -17,6 +17,7 @@ from cluster import vllm_names
 from tests.integration.conftest import MAX_MODEL_LEN
 from tests.integration.test_equal_to_plain_vllm import ask, prompt_of, without_volatile
 from tests.integration.test_handoff import wait_for, worker_rows
+from tests.nursery import Nursery
 from tests.processes import Cluster, Process, metrics, running_cluster, shared_memories
 
 TWO_RANKS = ["--tensor-parallel-size", "2"]
@@ -32,7 +33,9 @@ TRIES_MAX = 6
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
+def ends(
+    tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str], nursery: Nursery
+) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("ends")
     with running_cluster(
         folder,
@@ -41,6 +44,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iter
         decode=2,
         worker_args=WORKER_ARGS,
         handoff={"transport": "collective"},
+        spawn=nursery.spawn,
     ) as cluster:
         yield cluster
 

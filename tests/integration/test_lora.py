@@ -56,10 +56,12 @@ def lora_cluster(
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, lora_args: list[str]) -> dict[str, str]:
+def expected(
+    tmp_path_factory: pytest.TempPathFactory, lora_args: list[str], nursery: Nursery
+) -> dict[str, str]:
     """Plain vLLM's answers."""
     folder = tmp_path_factory.mktemp("plain")
-    with plain_vllm(folder, lora_args) as url:
+    with plain_vllm(folder, lora_args, nursery.spawn) as url:
         return {model: ask(url, model)[0] for model in ("m", "a", "b")}
 
 

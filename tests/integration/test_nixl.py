@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.integration.test_equal_to_plain_vllm import ask, prompt_of
+from tests.nursery import Nursery
 from tests.processes import Cluster, metrics, running_cluster
 from tests.unit.test_groups import needs_nixl
 
@@ -18,11 +19,18 @@ BY_NIXL = 'baton_handoffs_by_transport_total{instead_of="",transport="nixl"}'
 
 
 @pytest.fixture(scope="module")
-def by_nixl(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
+def by_nixl(
+    tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str], nursery: Nursery
+) -> Iterator[Cluster]:
     handoff = {"overlap": "always", "transport": "nixl"}
     worker_args = {"prefill-0": ["--tensor-parallel-size", "2"]}
-    folder = tmp_path_factory.mktemp("nixl")
-    with running_cluster(folder, vllm_args, handoff=handoff, worker_args=worker_args) as cluster:
+    with running_cluster(
+        tmp_path_factory.mktemp("nixl"),
+        vllm_args,
+        handoff=handoff,
+        worker_args=worker_args,
+        spawn=nursery.spawn,
+    ) as cluster:
         yield cluster
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import httpx
 
 from tests.integration.stubs import DEADLINE_S, stub_workers
+from tests.nursery import Nursery
 
 
 def test_tls_whose_certificate_changes_and_a_quiet_access_log(
-    tmp_path: Path, vllm_args: list[str]
+    tmp_path: Path, vllm_args: list[str], nursery: Nursery
 ) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
 
@@ -41,7 +42,7 @@ def test_tls_whose_certificate_changes_and_a_quiet_access_log(
     certify(1)
     flags = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--enable-ssl-refresh"]
     flags += ["--disable-access-log-for-endpoints", "/health"]
-    with stub_workers(tmp_path, [*vllm_args, *flags]) as cluster:
+    with stub_workers(tmp_path, [*vllm_args, *flags], nursery) as cluster:
         url, router = cluster.start_another_router()
         url = url.replace("http://", "https://")
         try:

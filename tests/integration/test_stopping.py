@@ -18,6 +18,7 @@ import redis
 from tests.integration.failing_router import FILE
 from tests.integration.streams import Stream
 from tests.integration.stubs import DEADLINE_S, stub_workers
+from tests.nursery import Nursery
 from tests.processes import (
     Cluster,
     Process,
@@ -29,9 +30,11 @@ TOKENS_MANY = 2000
 
 
 @pytest.fixture(scope="module")
-def stubs(tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str]) -> Iterator[Cluster]:
+def stubs(
+    tmp_path_factory: pytest.TempPathFactory, vllm_args: list[str], nursery: Nursery
+) -> Iterator[Cluster]:
     """Each test has a router of its own."""
-    with stub_workers(tmp_path_factory.mktemp("stopping"), vllm_args) as cluster:
+    with stub_workers(tmp_path_factory.mktemp("stopping"), vllm_args, nursery) as cluster:
         yield cluster
 
 

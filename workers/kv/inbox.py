@@ -113,24 +113,12 @@ class Inbox:
     def await_credit(self, transfer_id: str, on_credit: Callable[[str], None]) -> None:
         """`on_credit` is called once, maybe at once: when there is room for an opened transfer,
         with nothing, or else with why it failed."""
-        with self._changing():
-            transfer = self._transfers.get(transfer_id)
-            if transfer is None:
-                self._calls.append(lambda: on_credit("the transfer is over"))
-            else:
-                transfer.on_credit.append(on_credit)
-                self._notice(transfer)
+        self._await(transfer_id, on_credit, lambda transfer: transfer.on_credit)
 
     def await_end(self, transfer_id: str, on_end: Callable[[str], None]) -> None:
         """`on_end` is called once, maybe at once: when the transfer is whole, with nothing, or else
         with why it failed."""
-        with self._changing():
-            transfer = self._transfers.get(transfer_id)
-            if transfer is None:
-                self._calls.append(lambda: on_end("the transfer is over"))
-            else:
-                transfer.on_end.append(on_end)
-                self._notice(transfer)
+        self._await(transfer_id, on_end, lambda transfer: transfer.on_end)
 
     def expect(
         self,
@@ -196,23 +184,13 @@ class Inbox:
 
     def take(self, transfer_id: str) -> dict[int, list[Frame]] | None:
         """The frames of a whole transfer by layer; the inbox holds nothing of it afterwards."""
-        with self._changing():
-            transfer = self._transfers.get(transfer_id)
-            if transfer is None or transfer.state is not TransferState.WHOLE:
-                return None
-            self._forget(transfer)
-            self._is_over(transfer_id)
-            return transfer.frames
+        transfer = self._take_whole(transfer_id)
+        return transfer.frames if transfer else None
 
     def take_shared(self, transfer_id: str) -> SharedMemory | None:
         """As `take`, of an inbox that shares payloads. The caller closes it."""
-        with self._changing():
-            transfer = self._transfers.get(transfer_id)
-            if transfer is None or transfer.state is not TransferState.WHOLE:
-                return None
-            self._forget(transfer)
-            self._is_over(transfer_id)
-            return transfer.shared
+        transfer = self._take_whole(transfer_id)
+        return transfer.shared if transfer else None
 
     def drop(self, transfer_id: str, reason: str) -> None:
         """Free what a transfer holds; frames that still come are refused."""
@@ -287,6 +265,29 @@ class Inbox:
             transfer = Incoming(transfer_id, self.geometry, self._clock())
             self._transfers[transfer_id] = transfer
         return transfer
+
+    def _await(
+        self,
+        transfer_id: str,
+        tell: Callable[[str], None],
+        listeners: Callable[[Incoming], list[Callable[[str], None]]],
+    ) -> None:
+        with self._changing():
+            transfer = self._transfers.get(transfer_id)
+            if transfer is None:
+                self._calls.append(lambda: tell("the transfer is over"))
+            else:
+                listeners(transfer).append(tell)
+                self._notice(transfer)
+
+    def _take_whole(self, transfer_id: str) -> Incoming | None:
+        with self._changing():
+            transfer = self._transfers.get(transfer_id)
+            if transfer is None or transfer.state is not TransferState.WHOLE:
+                return None
+            self._forget(transfer)
+            self._is_over(transfer_id)
+            return transfer
 
     def _claim(
         self,
