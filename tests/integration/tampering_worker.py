@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.wire import kv_pb2, worker_pb2
@@ -22,6 +23,9 @@ def spoilt(payload: memoryview) -> memoryview:
 
 
 class TamperingTransfer(sender.Transfer):
+    def push_copy(self, header: kv_pb2.FrameHeader, parts: Sequence[memoryview]) -> None:
+        self.push(header, memoryview(b"".join(parts)))
+
     def push(self, header: kv_pb2.FrameHeader, payload: memoryview) -> None:
         match Path(os.environ[FAULT_FILE]).read_text():
             case "silent":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -102,6 +102,9 @@ class Pushed:
 
     def push(self, header: kv_pb2.FrameHeader, payload: memoryview) -> None:
         self.frames.append((header.kv, bytearray(payload)))
+
+    def push_copy(self, header: kv_pb2.FrameHeader, parts: Sequence[memoryview]) -> None:
+        self.push(header, memoryview(b"".join(parts)))
 
     def finish(self) -> None:
         """There is more to come of others."""

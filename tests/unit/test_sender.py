@@ -57,6 +57,30 @@ def test_a_transfer_is_delivered_whole(receiver: Receiver, make_outbox: MakeOutb
     outbox.assert_at_rest()
 
 
+def test_a_payload_that_may_change_is_copied_at_once(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    for layer in range(GEOMETRY.layers):
+        cache = bytearray(layer_payload(layer))
+        # As two blocks of the cache.
+        parts = [memoryview(cache)[:48], memoryview(cache)[48:]]
+        kv = kv_pb2.KvFrame(layer=layer, tokens=TOKENS, heads=GEOMETRY.heads)
+        kv.checksum = checksum(*parts)
+        transfer.push_copy(kv_pb2.FrameHeader(transfer_id="t", kv=kv), parts)
+        cache[:] = bytes(len(cache))
+    transfer.finish()
+    assert outbox.result() == Sent("t", True, "", GEOMETRY.layers * LAYER_BYTES, ANY_S)
+    assert claim.get(timeout=SOON_S).whole
+    taken = receiver.inbox.take("t")
+    assert taken is not None
+    assert {layer: taken[layer][0].payload for layer in taken} == {
+        layer: layer_payload(layer) for layer in range(GEOMETRY.layers)
+    }
+    outbox.assert_at_rest()
+
+
 @pytest.mark.parametrize("fault", [None, "breaks off", "never comes"])
 def test_ranks_send_one_transfer_in_parts(
     loop: Loop, start: Callable[[Receiver], Receiver], fault: str | None

@@ -386,21 +386,24 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         begin = max(first_token, transfer.held_tokens)
         most = max(1, FRAME_BYTES_MAX // geometry.frame_bytes(1, geometry.heads))
         for first, end in frame_ranges(begin, end_token, most, layer.block_size):
-            payload, key_order = self._encoded(layer, save.block_ids, first, end - first)
-            header = kv_pb2.FrameHeader(
-                transfer_id=save.send.transfer_id,
-                kv=kv_pb2.KvFrame(
-                    layer=layer_index,
-                    first_token=first,
-                    tokens=end - first,
-                    first_head=geometry.first_head,
-                    heads=geometry.heads,
-                    codec=self._runner.codec,
-                    key_order=key_order,
-                    block_tokens=layer.block_size if key_order == kv_pb2.KEY_ORDER_BLOCKS else 0,
-                    checksum=checksum(payload),
-                ),
+            kv = kv_pb2.KvFrame(
+                layer=layer_index,
+                first_token=first,
+                tokens=end - first,
+                first_head=geometry.first_head,
+                heads=geometry.heads,
+                codec=self._runner.codec,
             )
+            header = kv_pb2.FrameHeader(transfer_id=save.send.transfer_id, kv=kv)
+            if kv.codec == kv_pb2.CODEC_NONE and layer.has_whole_blocks(first, end - first):
+                size = layer.block_size
+                blocks = layer.whole_blocks(save.block_ids[first // size : end // size])
+                header.kv.key_order, header.kv.block_tokens = kv_pb2.KEY_ORDER_BLOCKS, size
+                header.kv.checksum = checksum(*blocks)
+                transfer.push_copy(header, blocks)
+                continue
+            payload, key_order = self._encoded(layer, save.block_ids, first, end - first)
+            header.kv.key_order, header.kv.checksum = key_order, checksum(payload)
             transfer.push(header, payload)
 
     def _encoded(
@@ -408,10 +411,6 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> tuple[memoryview, kv_pb2.KeyOrder]:
         """A payload and its order."""
         codec = group_codec(self._runner.codec)
-        if codec is None and layer.has_whole_blocks(first, tokens):
-            size = layer.block_size
-            blocks = block_ids[first // size : (first + tokens) // size]
-            return _bytes_of(layer.read_blocks(blocks)), kv_pb2.KEY_ORDER_BLOCKS
         payload = layer.read(block_ids, first, tokens)
         if codec is None:
             return _bytes_of(payload), layer.key_order

@@ -36,8 +36,12 @@ def digest_tokens(token_ids: Sequence[int]) -> bytes:
     return xxhash.xxh3_128_digest(b"".join(t.to_bytes(4, "little") for t in token_ids))
 
 
-def checksum(payload: bytes | memoryview) -> int:
-    return xxhash.xxh3_64_intdigest(payload)
+def checksum(*parts: bytes | memoryview) -> int:
+    """Of a payload, in one part or several."""
+    state = xxhash.xxh3_64()
+    for part in parts:
+        state.update(part)
+    return state.intdigest()
 
 
 def encode_frame(header: kv_pb2.FrameHeader, payload: bytes | memoryview = b"") -> bytes:

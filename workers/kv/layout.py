@@ -46,7 +46,7 @@ class PagedLayer:
         return self.keys.shape[3]
 
     def has_whole_blocks(self, first: int, tokens: int) -> bool:
-        """These tokens can be read with `read_blocks`."""
+        """These tokens are in `whole_blocks`."""
         size = self.block_size
         return self.blocks is not None and first % size == 0 and tokens % size == 0
 
@@ -78,15 +78,12 @@ class PagedLayer:
             values[:, at].copy_(self.values[block, :, within])
         return payload
 
-    def read_blocks(self, block_ids: Sequence[int]) -> torch.Tensor:
-        """Copy whole blocks as they are. Only where there are `blocks`.
-
-        Returns:
-            [2 * heads * tokens * head_size] in KEY_ORDER_BLOCKS
-        """
+    def whole_blocks(self, block_ids: Sequence[int]) -> list[memoryview]:
+        """The memory of blocks, where there are `blocks`. One after the other they are
+        [2 * heads * tokens * head_size] in KEY_ORDER_BLOCKS."""
         assert self.blocks is not None
-        # Twice as fast as indexing with a list.
-        return torch.cat([self.blocks[block] for block in block_ids])
+        memory = self.blocks.view(torch.uint8).numpy()
+        return [memory[block].data for block in block_ids]
 
     def write(
         self,
@@ -116,8 +113,8 @@ class PagedLayer:
             self.values[block, heads, within].copy_(values[:, source])
 
     def write_blocks(self, block_ids: Sequence[int], payload: torch.Tensor, skip: int) -> None:
-        """Copy blocks of what `read_blocks` of a layer of this shape returned: as many as are
-        given, after the first `skip`."""
+        """Copy blocks of what `whole_blocks` of a layer of this shape were: as many as are given,
+        after the first `skip`."""
         assert self.blocks is not None
         sources = payload.view(-1, self.blocks.shape[1])[skip : skip + len(block_ids)]
         for block, source in zip(block_ids, sources, strict=True):
@@ -126,8 +123,8 @@ class PagedLayer:
     def split(
         self, payload: torch.Tensor, heads: int, tokens: int, key_order: int, block_tokens: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [heads, tokens, head_size] of what `read` or `read_blocks` returned:
-        views of it, unless its order is that of blocks.
+        """Keys and values [heads, tokens, head_size] of what `read` returned or `whole_blocks`
+        were: views of it, unless its order is that of blocks.
 
         block_tokens: the sender's block size, where the order is that of blocks.
         """

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +53,18 @@ class _Staged:
 
     header: bytes
     payload: bytes | memoryview = b""
+    frame: bytes = b""
+    """Both of them and their padding, if they were put together already."""
     size_bytes: int = 0
     """What it takes of the sender's bound."""
     end_token: int | None = None
     """Of the prompt, behind the last one whose KV it has."""
+
+    def parts(self) -> tuple[bytes | memoryview, ...]:
+        """That make the frame."""
+        if self.frame:
+            return (self.frame,)
+        return self.header, self.payload, padding(len(self.payload))
 
 
 class Transfer:
@@ -100,28 +108,53 @@ class Transfer:
 
         The payload is copied when gRPC asks for it: until then it must stay as it is.
         """
-        if self._closed or self.done.is_set():
-            return
         encoded = encode_header(header, len(payload))
-        size_bytes = len(encoded) + len(payload)
+        if self._makes_room(len(encoded), len(payload)):
+            self._put(header, encoded, payload)
+
+    def push_copy(self, header: kv_pb2.FrameHeader, parts: Sequence[memoryview]) -> None:
+        """As `push`, of a payload in parts that may change afterwards: the only copy of it is made
+        at once."""
+        payload_bytes = sum(len(part) for part in parts)
+        encoded = encode_header(header, payload_bytes)
+        if self._makes_room(len(encoded), payload_bytes):
+            frame = b"".join((encoded, *parts, padding(payload_bytes)))
+            payload = memoryview(frame)[len(encoded) : len(encoded) + payload_bytes]
+            self._put(header, encoded, payload, frame)
+
+    def _makes_room(self, header_bytes: int, payload_bytes: int) -> bool:
+        """For a frame that is to be staged; False if it is of no use any more."""
+        if self._closed or self.done.is_set():
+            return False
+        size_bytes = header_bytes + payload_bytes
         started_s = time.monotonic()
         wait_s = min(ENGINE_WAIT_MAX_S - self._engine_waited_s, self._remaining_s())
         if not self._sender.stage(size_bytes, wait_s, self.done):
             bound = self._sender.max_staged_bytes
             self.give_up(f"no room for more within {bound} bytes that wait to be sent")
-            return
+            return False
         with self._lock:
             now = time.monotonic()
             self._engine_waited_s += now - started_s
             if self.done.is_set():
                 self._sender.unstage(size_bytes)
-                return
+                return False
             if self._staged == 0:
                 self._moved_at_s = now
             self._staged += size_bytes
-            self._bytes += len(payload)
+            self._bytes += payload_bytes
+        return True
+
+    def _put(
+        self,
+        header: kv_pb2.FrameHeader,
+        encoded: bytes,
+        payload: memoryview,
+        frame: bytes = b"",
+    ) -> None:
         end_token = header.kv.first_token + header.kv.tokens
-        self._frames.put(_Staged(encoded, payload, size_bytes, end_token))
+        size_bytes = len(encoded) + len(payload)
+        self._frames.put(_Staged(encoded, payload, frame, size_bytes, end_token))
 
     def finish(self) -> None:
         """All frames are pushed."""
@@ -226,11 +259,9 @@ class Transfer:
         for frames in self._batches(MESSAGE_BYTES_MIN):
             # Joined here and not when they were pushed: what waits is then in memory once, and each
             # message takes the memory that the one before has left warm.
-            yield b"".join(
-                part
-                for frame in frames
-                for part in (frame.header, frame.payload, padding(len(frame.payload)))
-            )
+            parts = [part for frame in frames for part in frame.parts()]
+            # A frame that is whole already is not copied again.
+            yield b"".join(parts)
 
     def _send_by(self, group: OutgoingGroup) -> None:
         """Two batches are under way at a time."""
