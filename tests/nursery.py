@@ -144,7 +144,11 @@ def run(order: dict[str, Any]) -> int:
     try:
         runpy.run_module(sys.argv[0], run_name="__main__")
     except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if ended.code is None or isinstance(ended.code, int):
+            return ended.code or 0
+        # As Python does it with a message.
+        print(ended.code, file=sys.stderr)
+        return 1
     except BaseException:
         traceback.print_exc()
         return 1
