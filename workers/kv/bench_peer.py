@@ -204,7 +204,7 @@ class _Bench:
         for index, layer in enumerate(kv.layers):
             for first in range(0, kv.tokens, step):
                 tokens = min(step, kv.tokens - first)
-                # One frame's KV is contiguous, as blocks are and what was read out of several.
+                # One frame's KV is contiguous, as it is when it was read out of the cache.
                 token_numbers = 2 * GEOMETRY.heads * GEOMETRY.head_size
                 part = layer.view(-1)[first * token_numbers : (first + tokens) * token_numbers]
                 if codec is not None:
@@ -219,12 +219,7 @@ class _Bench:
                     codec=CODECS[codec_name],
                     checksum=checksum(payload),
                 )
-                frame = kv_pb2.FrameHeader(transfer_id=send.transfer_id, kv=header)
-                if codec is None:
-                    # As blocks that lie in the cache.
-                    transfer.push_copy(frame, [payload])
-                else:
-                    transfer.push(frame, payload)
+                transfer.push(kv_pb2.FrameHeader(transfer_id=send.transfer_id, kv=header), payload)
         transfer.finish()
         sent = self._sent.get(timeout=DEADLINE_S)
         if not sent.delivered:
