@@ -30,7 +30,7 @@ class CompareSettings:
     streams: int = 8
     stream_prompt_tokens: int = 512
     stream_output_tokens: int = 32
-    stream_repeats: int = 2
+    stream_repeats: int = 5
     rounds: int = 1
     """Of each side in turn."""
     free_front_end: bool = False
