@@ -19,7 +19,6 @@ from typing import Any
 from cluster.bench.report import BenchFailed, Goal, median, ratio
 
 PEER_MODULE = "workers.kv.bench_peer"
-GOAL_SIZE_MB = 256
 OF_SOCKET_MIN = {"grpc": 0.6, "collective": 0.8}
 """By transport. There is no goal for others."""
 STOP_DEADLINE_S = 5.0
@@ -29,7 +28,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class KvSettings:
-    sizes_mb: tuple[int, ...] = (1, 16, GOAL_SIZE_MB)
+    sizes_mb: tuple[int, ...] = (1, 16, 256)
     """Of KV in a hand-off, as it is in the cache; a MB is 2**20 bytes."""
     codecs: tuple[str, ...] = ("none", "fp8", "int8")
     repeats: int = 9
@@ -93,16 +92,14 @@ def summary(machine: dict[str, Any], settings: KvSettings, measured: Measured) -
 
 
 def goals_of(results: dict[str, dict[str, Any]]) -> list[Goal]:
-    result = results.get(str(GOAL_SIZE_MB))
-    if result is None:
-        return []
     return [
         Goal(
-            f"{transport}_of_socket_{GOAL_SIZE_MB}mb",
+            f"{transport}_of_socket_{size_mb}mb",
             result.get(f"{transport}_none", {}).get("of_socket"),
             least,
             at_most=False,
         )
+        for size_mb, result in results.items()
         for transport, least in OF_SOCKET_MIN.items()
     ]
 

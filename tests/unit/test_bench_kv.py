@@ -53,9 +53,16 @@ def test_the_goal_is_a_share_of_the_plain_socket(taken_s: float, met: tuple[bool
     assert tuple(goal.met for goal in goals) == met
 
 
-def test_without_the_large_hand_off_there_is_no_goal() -> None:
-    settings = KvSettings(sizes_mb=(1,), codecs=("none",))
-    assert summary({}, settings, measured(1, 0.2, 0.1))["goals"] == []
+def test_each_size_has_its_goals() -> None:
+    settings = KvSettings(sizes_mb=(1, 16), codecs=("none",))
+    samples = measured(1, 0.5, 0.1).samples + measured(16, 0.11, 0.1).samples
+    goals = goals_of(summary({}, settings, Measured(samples, {}))["results"])
+    assert {goal.name: goal.met for goal in goals} == {
+        "grpc_of_socket_1mb": False,
+        "collective_of_socket_1mb": False,
+        "grpc_of_socket_16mb": True,
+        "collective_of_socket_16mb": True,
+    }
 
 
 def test_two_processes_hand_kv_over_in_every_way() -> None:
