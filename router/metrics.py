@@ -62,7 +62,8 @@ class RouterMetrics:
         )
         self.exposed_seconds = Histogram(
             "baton_handoff_exposed_seconds",
-            "From the decode leg's arrival to its KV being whole: what computing did not hide.",
+            "From the decode leg's arrival to its KV being whole, or not to come any more: what "
+            "computing did not hide.",
             buckets=SECONDS,
             registry=registry,
         )
@@ -74,7 +75,7 @@ class RouterMetrics:
         )
         self.credit_wait_seconds = Histogram(
             "baton_handoff_credit_wait_seconds",
-            "From a hand-off's opening until the receiver had room for it.",
+            "From a hand-off's opening until the receiver had room for it, or it failed.",
             buckets=SECONDS,
             registry=registry,
         )

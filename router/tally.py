@@ -48,6 +48,10 @@ class Tally:
     def handoff_ended(
         self, adopted: worker_pb2.Adopted, request_id: str, sender: str, receiver: str
     ) -> None:
+        self.metrics.exposed_seconds.observe(adopted.exposed_s)
+        # One that nobody opened waited for no room.
+        if adopted.handed_over or adopted.transport:
+            self.metrics.credit_wait_seconds.observe(adopted.credit_wait_s)
         if adopted.handed_over:
             self.handoffs_completed += 1
             self.handoff_bytes += adopted.bytes
@@ -55,10 +59,8 @@ class Tally:
             self.metrics.handoff_bytes.inc(adopted.bytes)
             self.metrics.handoff_tokens.inc(adopted.tokens)
             self.metrics.handoff_held_tokens.inc(adopted.held_tokens)
-            self.metrics.exposed_seconds.observe(adopted.exposed_s)
             parts_s = (adopted.credit_wait_s, adopted.first_layer_s, adopted.wire_s)
             self.metrics.handoff_seconds.observe(sum(parts_s))
-            self.metrics.credit_wait_seconds.observe(adopted.credit_wait_s)
             self.metrics.first_layer_seconds.observe(adopted.first_layer_s)
             self.metrics.wire_seconds.observe(adopted.wire_s)
             self.metrics.handoffs_by_transport.labels(adopted.transport, adopted.instead_of).inc()

@@ -22,9 +22,9 @@ def trace_handoff(
 ) -> None:
     """`trace_headers`: of the request; None: nothing is traced.
 
-    The span lasts from the transfer's opening to its last layer, by the receiver's clock, and ends
-    when the router hears of it. The three parts of its attributes add up to it; `exposed_s` is what
-    of it computing did not hide.
+    The span lasts from the transfer's opening to its last layer or its failure, by the receiver's
+    clock, and ends when the router hears of it. The three parts of its attributes add up to it;
+    `exposed_s` is what of it computing did not hide.
     """
     if trace_headers is None:
         return

@@ -364,7 +364,7 @@ class EngineHost:
                 wire_s=settled.wire_s,
                 transport=settled.transport,
                 instead_of=settled.instead_of,
-                codec=CODEC_NAMES[settled.codec] if adopt else "",
+                codec="" if settled.codec is None else CODEC_NAMES[settled.codec],
                 layers=self._endpoint.inbox.geometry.layers if adopt else 0,
             ),
         )

@@ -46,7 +46,8 @@ def test_two_frames_a_layer_become_a_whole_transfer_taken_once() -> None:
     clock.now_s += 2.5
     assert inbox.receive(last) == (TransferState.WHOLE, "")
 
-    assert noticed == [Settled("t", True, "", WHOLE_BYTES, TOKENS, wire_s=2.5)]
+    came = Settled("t", True, "", WHOLE_BYTES, TOKENS, wire_s=2.5, codec=kv_pb2.CODEC_NONE)
+    assert noticed == [came]
     assert inbox.peek("t") == (TOKENS, b"digest", 0)
     assert inbox.bytes_held == WHOLE_BYTES
     taken = inbox.take("t")
@@ -135,12 +136,59 @@ def test_a_wrong_frame_fails_the_transfer_whole(fault: str) -> None:
     state, said = inbox.receive(frame)
     assert state is TransferState.FAILED
     assert reason in said
-    assert noticed == [Settled("t", False, said)]
+    assert noticed == [Settled("t", False, said, codec=kv_pb2.CODEC_NONE)]
     assert inbox.bytes_held == 0
     # What was missing comes after all: too late.
     assert receive_all(inbox, *kv_frames()) == (TransferState.FAILED, said)
     assert_failed(inbox)
     assert len(noticed) == 1
+
+
+@pytest.mark.parametrize(
+    ("reached", "parts_s"),
+    [
+        ("nothing", (0, 0, 0)),
+        ("too large", (0, 0, 0)),
+        ("waits for room", (4, 0, 0)),
+        ("has room", (1, 4, 0)),
+        ("some came", (1, 2, 4)),
+        ("all came", (1, 2, 3)),
+    ],
+)
+def test_one_that_fails_tells_how_far_it_came(reached: str, parts_s: tuple[float, ...]) -> None:
+    """Whole or not, its parts add up to the time from its opening."""
+    clock, noticed = Clock(), list[Settled]()
+    inbox = make_inbox(max_bytes=WHOLE_BYTES, clock=clock)
+    receive_all(inbox, open_frame("before"))
+    opened = open_frame(tokens=TOKENS + (reached == "too large"))
+    opened.header.open.transport, opened.header.open.instead_of = "grpc", "nixl"
+    if reached != "nothing":
+        inbox.receive(opened)
+    if reached in ("has room", "some came", "all came"):
+        clock.now_s += 1
+        inbox.drop("before", "it makes room")
+    first, *others = kv_frames()
+    if reached in ("some came", "all came"):
+        clock.now_s += 2
+        inbox.receive(first)
+    if reached == "all came":
+        clock.now_s += 3
+        receive_all(inbox, *others)
+    clock.now_s += 4
+    if reached == "all came":
+        inbox.receive(first)
+    else:
+        inbox.fail("t", "its sender is lost")
+    clock.now_s += 5
+    inbox.expect("t", SENDER, noticed.append)
+    if reached == "nothing":
+        inbox.fail("t", "its sender is lost")
+    (how,) = noticed
+    assert not how.whole and how.reason
+    assert (how.credit_wait_s, how.first_layer_s, how.wire_s) == parts_s
+    ways = ("", "") if reached == "nothing" else ("grpc", "nixl")
+    assert (how.transport, how.instead_of) == ways
+    assert how.codec == (kv_pb2.CODEC_NONE if reached in ("some came", "all came") else None)
 
 
 def test_a_missing_layer_is_not_whole() -> None:

@@ -72,11 +72,17 @@ def test_a_span_tells_all_of_a_hand_off_and_its_parts_add_up(
 
 
 def test_a_failed_hand_off_is_an_error_with_its_reason(exporter: InMemorySpanExporter) -> None:
-    adopted = worker_pb2.Adopted(reason="the inbox is too small")
+    reason = "the inbox had no room for it within 5 s"
+    adopted = worker_pb2.Adopted(reason=reason, credit_wait_s=5, exposed_s=4.5, transport="grpc")
     trace_handoff(adopted, HEADERS, "p", "d", ENDED_UNIX_S)
     span = only_span(exporter)
     assert not span.status.is_ok
-    assert span.status.description == "the inbox is too small"
+    assert span.status.description == reason
+    assert span.attributes is not None
+    told = {name.removeprefix("baton.handoff."): value for name, value in span.attributes.items()}
+    assert (told["result"], told["transport"], told["exposed_s"]) == (reason, "grpc", 4.5)
+    assert span.start_time is not None and span.end_time == int(ENDED_UNIX_S * 1e9)
+    assert span.end_time - span.start_time == int(5e9)
 
 
 def test_without_a_trace_there_is_no_span(exporter: InMemorySpanExporter) -> None:

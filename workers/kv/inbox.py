@@ -328,6 +328,7 @@ class Inbox:
         is_first = transfer.open is None
         if (wrong := transfer.take_open(opened)) or not is_first:
             return wrong
+        transfer.opened_at_s = now
         whole_bytes = transfer.uncoded_bytes()
         if whole_bytes > self.max_bytes:
             return f"the inbox is too small: {whole_bytes} bytes asked, it holds {self.max_bytes}"
@@ -338,7 +339,6 @@ class Inbox:
                 transfer.shared = SharedMemory()
             except OSError as error:
                 return f"there is no memory to share: {error}"
-        transfer.opened_at_s = now
         transfer.state = TransferState.WAITING
         self._waiting[transfer.transfer_id] = transfer
         return ""
@@ -359,13 +359,7 @@ class Inbox:
 
     def _fail(self, transfer: Incoming, reason: str) -> None:
         self._bytes -= transfer.bytes
-        transfer.bytes = 0
-        transfer.open = None
-        transfer.state = TransferState.FAILED
-        transfer.reason = reason
-        transfer.frames = {}
-        if transfer.shared is not None:
-            transfer.shared.close()
+        transfer.fail(reason, self._clock())
         self._waiting.pop(transfer.transfer_id, None)
         self._failed[transfer.transfer_id] = None
         if len(self._failed) > OVER_MAX:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cluster.wire import kv_pb2
@@ -59,14 +59,15 @@ class Settled:
     """That came, beside those that were held here."""
     held_tokens: int = 0
     credit_wait_s: float = 0.0
-    """Until there was room for it."""
+    """Until there was room for it. This and the next two add up to the time until it failed."""
     first_layer_s: float = 0.0
     """From then until something came: prefill computes."""
     wire_s: float = 0.0
     """From then until all had come."""
     transport: str = ""
     instead_of: str = ""
-    codec: int = kv_pb2.CODEC_NONE
+    codec: int | None = None
+    """None: nothing came."""
 
 
 class Whole(NamedTuple):
@@ -97,12 +98,13 @@ class Incoming:
     changed_at_s: float
     state: TransferState = TransferState.ARRIVING
     reason: str = ""
+    failed: Settled | None = None
     open: kv_pb2.OpenTransfer | None = None
     opened_at_s: float = 0.0
-    credit_at_s: float = 0.0
+    credit_at_s: float | None = None
     first_kv_at_s: float | None = None
     last_kv_at_s: float = 0.0
-    codec: int = kv_pb2.CODEC_NONE
+    codec: int | None = None
     bytes: int = 0
     """What it takes of the budget: the payloads that came, and the rest as if it came uncoded."""
     held_tokens: int | None = None
@@ -129,22 +131,41 @@ class Incoming:
         return fresh and self.expected_sender is None
 
     def settled(self) -> Settled:
-        if self.state is not TransferState.WHOLE:
-            return Settled(self.transfer_id, False, self.reason)
-        assert self.open is not None and self.first_kv_at_s is not None
+        if self.failed is not None:
+            return self.failed
+        assert self.open is not None
         held = self.held_tokens or 0
-        return Settled(
-            transfer_id=self.transfer_id,
+        return replace(
+            self._how_it_came(self.open, self.last_kv_at_s),
             whole=True,
-            reason="",
             bytes=self.bytes,
             tokens=self.open.tokens - held,
             held_tokens=held,
-            credit_wait_s=self.credit_at_s - self.opened_at_s,
-            first_layer_s=self.first_kv_at_s - self.credit_at_s,
-            wire_s=self.last_kv_at_s - self.first_kv_at_s,
-            transport=self.open.transport,
-            instead_of=self.open.instead_of,
+        )
+
+    def fail(self, reason: str, now_s: float) -> None:
+        """Nothing of it is kept but why, and how far it came."""
+        self.failed = Settled(self.transfer_id, False, reason)
+        if self.open is not None:
+            until_s = self.last_kv_at_s if self.state is TransferState.WHOLE else now_s
+            self.failed = replace(self._how_it_came(self.open, until_s), reason=reason)
+        self.state, self.reason = TransferState.FAILED, reason
+        self.open, self.bytes, self.frames = None, 0, {}
+        if self.shared is not None:
+            self.shared.close()
+
+    def _how_it_came(self, opened: kv_pb2.OpenTransfer, until_s: float) -> Settled:
+        credit_at_s = until_s if self.credit_at_s is None else self.credit_at_s
+        first_kv_at_s = until_s if self.first_kv_at_s is None else self.first_kv_at_s
+        return Settled(
+            transfer_id=self.transfer_id,
+            whole=False,
+            reason="",
+            credit_wait_s=credit_at_s - self.opened_at_s,
+            first_layer_s=first_kv_at_s - credit_at_s,
+            wire_s=until_s - first_kv_at_s,
+            transport=opened.transport,
+            instead_of=opened.instead_of,
             codec=self.codec,
         )
 
