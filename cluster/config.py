@@ -18,10 +18,13 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from cluster.config_names import leaves, misspelt_variables, variable
+from cluster.logs import FORMAT_VARIABLE
 from cluster.scheduler.handover import HandOver
 from cluster.scheduler.policies import DEFAULT, policy_names
 
 CONFIG_FILE = "baton.yaml"
+CONFIG_VARIABLE = "BATON_CONFIG"
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "recall"
 BUNDLED_MODEL_NAME = "baton-recall"
 OPERATOR_TOKEN = "BATON_OPERATOR_TOKEN"
@@ -220,10 +223,21 @@ class BatonConfig(BaseSettings):
 
 def config_file() -> Path | None:
     """baton.yaml of this folder, or the file that BATON_CONFIG names."""
-    named = os.environ.get("BATON_CONFIG")
+    named = os.environ.get(CONFIG_VARIABLE)
     if named:
         return Path(named)
     return Path(CONFIG_FILE) if Path(CONFIG_FILE).exists() else None
+
+
+def _check_variables() -> None:
+    """The settings source takes variables that are settings, and no notice of others."""
+    paths = [*((name,) for name in BatonConfig.model_fields), *(p for p, _ in leaves(BatonConfig))]
+    known = [CONFIG_VARIABLE, FORMAT_VARIABLE, *map(variable, paths)]
+    misspelt = misspelt_variables(os.environ, known)
+    if misspelt:
+        raise BadConfig(
+            "; ".join(f"{name}: unknown, did you mean {meant}?" for name, meant in misspelt.items())
+        )
 
 
 def load_config(flags: dict[str, Any]) -> BatonConfig:
@@ -234,7 +248,8 @@ def load_config(flags: dict[str, Any]) -> BatonConfig:
     """
     file = config_file()
     if file is not None and not file.is_file():
-        raise BadConfig(f"BATON_CONFIG names {file}, which is not a file")
+        raise BadConfig(f"{CONFIG_VARIABLE} names {file}, which is not a file")
+    _check_variables()
     try:
         config = BatonConfig(**flags)
     except ValidationError as error:

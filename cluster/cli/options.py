@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, get_args
 
 import click
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cluster.config import BatonConfig
+from cluster.config_names import flag, leaves
 
 POSITIONAL = ("vllm_args",)
-
-
-def leaves(
-    model: type[BaseModel], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """Every value of a configuration, with the names that lead to it."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from leaves(field.annotation, (*path, name))
-        else:
-            yield (*path, name), field
 
 
 def config_options(*only: str) -> Callable[[Any], Any]:
@@ -54,7 +43,7 @@ def flags_given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _option(path: tuple[str, ...], field: FieldInfo) -> Callable[[Any], Any]:
-    name = "--" + "-".join(path).replace("_", "-")
+    name = flag(path)
     parameter = "__".join(path)
     help_text = field.description or ""
     if field.annotation is bool:

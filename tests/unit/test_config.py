@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cluster.cli.options import POSITIONAL, config_options, flags_given, leaves
+from cluster.cli.options import POSITIONAL, config_options, flags_given
 from cluster.config import BUNDLED_MODEL, BadConfig, BatonConfig, LocalNode, load_config
+from cluster.config_names import leaves, variable
 from cluster.scheduler.view import Pool
 from cluster.supervisor import ROUTERS_HANDOFF
 from cluster.vllm_args import flag_value, tensor_parallel, vllm_args
@@ -165,6 +167,66 @@ def test_a_named_file_must_be_there(empty_folder: Path, monkeypatch: pytest.Monk
 def test_a_cluster_has_a_worker() -> None:
     assert "at least one worker" in problem({"prefill": 0, "decode": 0})
     assert load_config({"prefill": 0}).decode == 1
+
+
+# --- misspelt variables ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("BATON_HANDOFF_CODEC", "BATON_HANDOFF__CODEC"),
+        ("BATON_HANDOF__CODEC", "BATON_HANDOFF__CODEC"),
+        ("BATON_PROT", "BATON_PORT"),
+        ("baton_prefil", "BATON_PREFILL"),
+        ("BATON_KEEP_WORKER", "BATON_KEEP_WORKERS"),
+        ("BATON_CONFIG_", "BATON_CONFIG"),
+        ("BATON_LOGFORMAT", "BATON_LOG_FORMAT"),
+    ],
+)
+def test_a_misspelt_variable_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, meant: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    assert problem() == f"{name}: unknown, did you mean {meant}?"
+
+
+def test_kubernetes_variables_are_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod has them for each Service of its namespace, whatever that is called."""
+    for service in ("BATON", "BATON_ROUTER", "BATON_ROUTERS", "BATON_PREFILL", "BATON_REDIS_URL"):
+        for end in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP"):
+            monkeypatch.setenv(f"{service}_{end}", "10.0.0.1")
+        for end in ("", "_PROTO", "_PORT", "_ADDR"):
+            monkeypatch.setenv(f"{service}_PORT_8000_TCP{end}", "tcp://10.0.0.1:8000")
+        if service != "BATON":
+            monkeypatch.setenv(f"{service}_PORT", "tcp://10.0.0.1:8000")
+    assert load_config({}) == BatonConfig()
+
+
+def test_variables_that_baton_has_for_itself_are_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of its processes, images, chart and tests; and who has others has them for himself."""
+    root, suffixes = Path(__file__).parents[2], (".py", ".sh", ".yaml", ".tpl", ".md")
+    names = {"BATON_HOME", "BATON_VERSION", "BATON_IMAGE_TAG"}
+    for folder in ("cluster", "router", "workers", "deploy", "helm", "docs", "tests"):
+        for file in (root / folder).rglob("*"):
+            if file.suffix in suffixes and file != Path(__file__):
+                names |= set(re.findall(r"\bBATON_[A-Z0-9_]+", file.read_text()))
+    paths = [*((name,) for name in BatonConfig.model_fields), *(p for p, _ in leaves(BatonConfig))]
+    # The last is no variable, but a constant of the code.
+    own = names - set(map(variable, paths)) - {"BATON_CONFIG", "BATON_STOP_DEADLINE_S"}
+    assert {"BATON_RUN_ID", "BATON_LOG_FORMAT", "BATON_RAY_RESOURCES"} <= own
+    for name in own:
+        monkeypatch.setenv(name, "1")
+    assert load_config({}) == BatonConfig()
+
+
+def test_a_variable_can_hold_a_section_and_one_of_a_values_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("BATON_HANDOFF", '{"codec": "fp8"}')
+    monkeypatch.setenv("BATON_SLO_CLASSES__CHAT", '{"priority": 1}')
+    config = load_config({})
+    assert config.handoff.codec == "fp8" and config.slo_classes["chat"].priority == 1
 
 
 # --- flags ----------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import yaml
 from prometheus_client import CollectorRegistry, Counter
 from pydantic import BaseModel
 
-from cluster.cli.options import POSITIONAL, leaves
+from cluster.cli.options import POSITIONAL
 from cluster.config import BUNDLED_MODEL_NAME, BatonConfig, LocalNode, SloClassConfig
+from cluster.config_names import leaves, variable
 from cluster.vllm_args import vllm_args
 from router.metrics import RouterMetrics
 
@@ -43,10 +44,6 @@ def table(name: str, heading: str) -> dict[str, list[str]]:
         name_cell, *others = [cell.strip() for cell in line.strip("|").split("|")]
         rows[name_cell.strip("`")] = others
     return rows
-
-
-def variable(path: tuple[str, ...]) -> str:
-    return "BATON_" + "__".join(path).upper()
 
 
 def test_readme_is_short_and_has_a_picture() -> None:
