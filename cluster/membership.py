@@ -10,7 +10,7 @@ import enum
 import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -95,6 +95,8 @@ class RouterRecord:
     pid: int
     workers: int = 0
     """That it is linked to."""
+    unjoined: list[str] = field(default_factory=list)
+    """Why some of them have no part in hand-offs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,8 @@ class ClusterCore(EveryWorker):
         )
         self._carry_out(self.scheduler.on_worker_up(view))
         self._worker_up.set()
+        if why := self.unjoined().get(key):
+            logger.warning("%s can be joined to no worker of the other pool: %s", key, why)
 
     def remove(self, key: WorkerKey) -> WorkerLink | None:
         """The worker is gone: its requests go on elsewhere. The link is the caller's to close."""

@@ -20,6 +20,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.view import WorkerKey
 from cluster.wire import worker_pb2
+from router.joining import why_unjoined
 from router.link import WorkerLink
 from router.other_clock import OtherClock
 
@@ -126,6 +127,12 @@ class EveryWorker(EngineCoreClient):  # type: ignore[misc]
             num_skipped_waiting_reqs=sum(s.num_skipped_waiting_reqs for s in stats),
             kv_cache_usage=sum(s.kv_cache_usage for s in stats) / len(stats),
         )
+
+    def unjoined(self) -> dict[WorkerKey, str]:
+        """Those that have no part in hand-offs, and why."""
+        workers = self.workers.items()
+        fingerprints = {key: worker.description.fingerprint for key, worker in workers}
+        return why_unjoined(fingerprints, self.scheduler.view)
 
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
         await self.wait_for_worker()

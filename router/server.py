@@ -163,8 +163,11 @@ async def serve_when_ready(
     app.middleware_stack = app.build_middleware_stack()
 
     async def write_record() -> None:
-        record = RouterRecord(settings.router_id, settings.url, os.getpid(), len(core.workers))
-        await membership.put_router(record)
+        unjoined = list(dict.fromkeys(core.unjoined().values()))
+        linked = len(core.workers)
+        await membership.put_router(
+            RouterRecord(settings.router_id, settings.url, os.getpid(), linked, unjoined)
+        )
 
     lease = Background()
     lease.start("lease", keep_lease(write_record, settings.lease_s, watcher.links_changed))

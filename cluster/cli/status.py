@@ -86,5 +86,7 @@ def _show(found: Status) -> None:
             worker.detail or worker.placement_reason,
         )
     console.print(table)
+    for why in dict.fromkeys(why for router in found.routers for why in router.unjoined):
+        console.print(f"no hand-offs: {why}", markup=False, soft_wrap=True)
     if found.desired:
         console.print(f"wanted: {found.desired.prefill} prefill, {found.desired.decode} decode")

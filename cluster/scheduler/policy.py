@@ -124,7 +124,7 @@ class PairPolicy(ABC):
             if stays:
                 return _stay(decode, stays, lends_decode=decode.lends)
         elif peers.count == 1:
-            reason = "one worker only" if pools.count == 1 else "no decode worker"
+            reason = "one worker only" if pools.count == 1 else "no decode worker of its kind"
         return Placement(prefill.worker.key, decode.worker.key, reason, prefill.lends, decode.lends)
 
 

@@ -7,6 +7,7 @@ import time
 
 from router.cluster_core import ClusterCore
 from router.dashboard.state import DashboardState, WorkerRow
+from router.following import key_of
 from router.members import MemberWatcher
 from router.settings import RouterSettings
 
@@ -43,6 +44,7 @@ class DashboardSource:
 
     def _rows(self) -> list[WorkerRow]:
         rows = []
+        unjoined = self._core.unjoined()
         workers = {key.worker_id: worker for key, worker in self._core.workers.items()}
         for record in self._watcher.records:
             worker = workers.get(record.worker_id)
@@ -63,7 +65,7 @@ class DashboardSource:
                     handoffs_in=worker.handoffs_in if worker else 0,
                     handoffs_out=worker.handoffs_out if worker else 0,
                     handoff_bytes_in=worker.handoff_bytes_in if worker else 0,
-                    detail=record.detail,
+                    detail=record.detail or unjoined.get(key_of(record), ""),
                 )
             )
         return rows

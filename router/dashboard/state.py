@@ -27,7 +27,7 @@ class WorkerRow:
     handoffs_out: int = 0
     handoff_bytes_in: int = 0
     detail: str = ""
-    """Why it failed, if it did."""
+    """Why it failed or has no part in hand-offs, if so."""
 
 
 @dataclass(frozen=True, slots=True)

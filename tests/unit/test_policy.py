@@ -115,7 +115,7 @@ def test_one_worker_does_it_all(pool: Pool) -> None:
 def test_kv_never_goes_to_another_model() -> None:
     placement = placed(prefill("p1"), decode("d1", model="n"))
     assert names(placement) == ("p1", "p1")
-    assert placement.reason == "no decode worker"
+    assert placement.reason == "no decode worker of its kind"
     full = decode("d2", reported_kv_usage=0.95)
     assert names(placed(prefill("p1"), decode("d1", model="n"), full)) == ("p1", "d2")
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 import grpc
 import grpc.aio
 
+from cluster.fingerprints import why_not_joined
 from cluster.wire import kv_pb2, kv_pb2_grpc, worker_pb2
 from workers.kv.frames import BadFrame, decode_frames
 from workers.kv.group import IncomingGroup, Transport
@@ -19,17 +20,6 @@ from workers.kv.transfer import GRPC, TRANSFER_KEY
 HELD_WAIT_S = 0.5
 """For the engine to say what of a prompt it holds; without a word all of it is sent."""
 _ENDED_EARLY = "the sender's stream ended before the KV was whole"
-
-
-def fingerprint_mismatch(mine: worker_pb2.Fingerprint, theirs: worker_pb2.Fingerprint) -> str:
-    """What differs, with both values; empty when KV of one is right on the other."""
-    differences = [
-        f"{field.name} is {getattr(theirs, field.name)!r} at the sender and "
-        f"{getattr(mine, field.name)!r} at the receiver"
-        for field in mine.DESCRIPTOR.fields
-        if getattr(mine, field.name) != getattr(theirs, field.name)
-    ]
-    return "; ".join(differences)
 
 
 class KvInboxService(kv_pb2_grpc.KvInboxServicer):
@@ -62,11 +52,10 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
             return kv_pb2.PairReply(
                 reason=f"asked for {'/'.join(asked)}, this is {self._worker_id}/{self._incarnation}"
             )
-        mismatch = fingerprint_mismatch(self._fingerprint, request.fingerprint)
-        if mismatch:
-            return kv_pb2.PairReply(
-                reason=f"KV of {request.worker_id} would be wrong on {self._worker_id}: {mismatch}"
-            )
+        if refused := why_not_joined(
+            *(request.worker_id, request.fingerprint), *(self._worker_id, self._fingerprint)
+        ):
+            return kv_pb2.PairReply(reason=refused)
         return kv_pb2.PairReply(accepted=True, transports=[GRPC, *self._transports])
 
     async def JoinGroup(  # noqa: N802 - gRPC's name
