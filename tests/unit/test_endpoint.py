@@ -60,6 +60,8 @@ def test_a_transfer_expected_to_be_short_goes_in_one_go(
     auto = KvEndpoint(receiver.inbox, outbox.sender, one_go_s=0.1)
     assert not auto.overlaps(send, tokens // 20)
     assert auto.overlaps(send, tokens // 5)
+    # Where ranks send, nothing goes to it from here.
+    assert outbox.sender.sending.peers == 0
     for _ in range(10):
         outbox.sender.peer(send).measured(1 << 30, 1000.0)
     assert auto.overlaps(send, tokens // 20)

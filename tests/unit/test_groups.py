@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ from tests.unit.group_peer import (
     send_kv,
     transport,
 )
-from workers.kv import group
+from workers.kv import collective, group
 from workers.kv import peer as peer_module
 from workers.kv.incoming import Settled
 from workers.kv.nixl import TRIAL_BYTES, Nixl
@@ -252,6 +253,19 @@ def test_after_a_group_broke_kv_goes_another_way_for_a_while(
     push_all(open_to(outbox, receiver.port, "after"))
     assert result(outbox).delivered
     assert transport_of(claim.get(timeout=WAIT_S)) == (True, way.transport, "")
+
+
+@pytest.mark.parametrize("way", WAYS[:1], indirect=True)
+def test_a_group_that_has_ended_keeps_no_connection(
+    receiver: GroupReceiver, outbox: Outbox, way: Way
+) -> None:
+    push_all(open_to(outbox, receiver.port))
+    assert result(outbox).delivered
+    ended = outbox.sender.peer(send_kv(receiver.port))._groups[way.transport]
+    assert isinstance(ended, collective._Outgoing) and ended._pair is not None
+    pair = weakref.ref(ended._pair)
+    ended.close("broken by the test")
+    wait_until("its connection is closed", lambda: pair() is None)
 
 
 @needs_nixl

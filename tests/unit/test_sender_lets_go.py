@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from cluster.wire import worker_pb2
 from tests.unit.ends import (
     LAYER_BYTES,
     SOON_S,
@@ -18,6 +19,7 @@ from tests.unit.ends import (
     push_all,
     push_layer,
 )
+from workers.kv.sender import PEER_IDLE_S
 from workers.kv.transfer import Sent
 
 ANY_S: float = mock.ANY
@@ -114,6 +116,49 @@ def test_nobody_listens(receiver: Receiver, make_outbox: MakeOutbox) -> None:
     assert not sent.delivered
     assert "UNAVAILABLE" in sent.reason
     outbox.assert_at_rest()
+
+
+# --- not needed any more ----------------------------------------------------------------------
+
+
+def test_of_a_worker_that_has_started_anew_only_the_newest_start_is_kept(
+    loop: Loop, start: Callable[[Receiver], Receiver], make_outbox: MakeOutbox
+) -> None:
+    former, newest = start(Receiver(loop)), start(Receiver(loop, incarnation="decode-2"))
+    outbox = make_outbox()
+    transfer = outbox.open(former, "before")
+    push_layer(transfer, 0)
+    assert transfer.credit.wait(SOON_S)
+    peer = outbox.sender.peer(former.send_kv())
+    push_all(outbox.open(newest))
+    assert outbox.result().delivered
+    # What is on its way ends first.
+    assert outbox.sender.sending.peers == 2
+    push_layer(transfer, 1)
+    push_layer(transfer, 2)
+    transfer.finish()
+    assert outbox.result().delivered
+    assert outbox.sender.sending.peers == 1
+    with pytest.raises(ValueError, match="closed"):
+        peer.push(iter(()))
+    push_all(outbox.open(newest, "after"))
+    assert outbox.result().delivered
+    outbox.assert_at_rest()
+
+
+def test_a_peer_that_nothing_is_sent_to_is_not_kept_for_ever(
+    receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox = make_outbox()
+    gone = worker_pb2.SendKv(worker_id="gone", address="127.0.0.1:1", incarnation="gone-1")
+    peer = outbox.sender.peer(gone)
+    push_all(outbox.open(receiver, "a"))
+    assert outbox.result().delivered
+    assert outbox.sender.sending.peers == 2
+    peer.asked_for_at_s -= PEER_IDLE_S
+    push_all(outbox.open(receiver, "b"))
+    assert outbox.result().delivered
+    assert outbox.sender.sending.peers == 1
 
 
 # --- never answered ---------------------------------------------------------------------------

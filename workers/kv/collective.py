@@ -132,17 +132,23 @@ class _Outgoing(OutgoingGroup):
     batch_bytes_min = BATCH_BYTES_MIN
 
     def __init__(self, call: JoinGroup, member: kv_pb2.GroupMember, place: Collective) -> None:
+        self._pair: _Pair | None = None
         super().__init__(call, member)
         met = self._joined().place
         try:
-            self._pair = _Pair(_store(met.host, met.port, False), SENDER_RANK, place)
+            pair = _Pair(_store(met.host, met.port, False), SENDER_RANK, place)
         except RuntimeError as error:
             raise self._break(f"it cannot be made: {error}") from error
+        with self._lock:
+            if self.broken:
+                raise GroupBroken(self.broken)
+            self._pair = pair
 
     def send(self, headers: Sequence[bytes], payloads: Sequence[memoryview]) -> Callable[[], None]:
         with self._lock:
             if self.broken:
                 raise GroupBroken(self.broken)
+            assert self._pair is not None
             self._announce(headers)
             try:
                 sent = self._pair.send(payloads)
@@ -156,6 +162,12 @@ class _Outgoing(OutgoingGroup):
                 raise self._break(error) from error
 
         return wait
+
+    def _ended(self) -> None:
+        # The pair has threads and sockets, and is let go of without the lock.
+        with self._lock:
+            pair, self._pair = self._pair, None
+        del pair
 
 
 class _Incoming(IncomingGroup):

@@ -29,7 +29,8 @@ RATE_WEIGHT = 0.3
 class Peer:
     """A channel to one worker incarnation, paired before its first transfer."""
 
-    def __init__(self, address: str, incarnation: str) -> None:
+    def __init__(self, worker_id: str, address: str, incarnation: str) -> None:
+        self.worker_id = worker_id
         self.address = address
         self.incarnation = incarnation
         self._said: dict[str, str] = {}
@@ -42,6 +43,7 @@ class Peer:
         self._groups_lock = threading.Lock()
         self._no_group_until_s: dict[str, float] = {}
         self.rate_bytes_s = RATE_ASSUMED_BYTES_S
+        self.asked_for_at_s = time.monotonic()
 
     def measured(self, sent_bytes: int, taken_s: float) -> None:
         """`taken_s`: while there was something to send."""
@@ -97,5 +99,5 @@ class Peer:
 
     def close(self) -> None:
         for group in list(self._groups.values()):
-            group.close("the worker is stopping, or its peer was replaced")
+            group.close("the worker is stopping, or its peer is not needed any more")
         self.channel.close()

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 
 from cluster.wire import kv_pb2, worker_pb2
 from workers.kv.group import OutgoingGroup, Transport
-from workers.kv.peer import Peer
+from workers.kv.peer import RATE_ASSUMED_BYTES_S, Peer
 from workers.kv.sending import Sending
 from workers.kv.transfer import GRPC, STALLED_S, Sent, Transfer
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+PEER_IDLE_S = 600.0
+"""A peer that nothing is sent to for this long may be gone. One that is not is met again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +125,32 @@ class Sender:
         key = (send.address, send.incarnation)
         with self._peers_lock:
             peer = self._peers.get(key)
+            is_new = peer is None
             if peer is None:
-                for stale in [k for k in self._peers if k[0] == send.address]:
-                    self._peers.pop(stale).close()
-                peer = self._peers[key] = Peer(send.address, send.incarnation)
+                peer = self._peers[key] = Peer(send.worker_id, *key)
                 self._changed()
-            return peer
+            peer.asked_for_at_s = time.monotonic()
+        if is_new:
+            self._leave_peers()
+        return peer
+
+    def _leave_peers(self) -> None:
+        """Those whose worker has started anew or may be gone, when nothing is on its way there."""
+        idle_since_s = time.monotonic() - PEER_IDLE_S
+        with self._peers_lock:
+            used = {transfer.to for transfer in list(self._transfers)}
+            newest = {peer.worker_id: peer for peer in self._peers.values()}
+            left = [
+                key
+                for key, peer in self._peers.items()
+                if key not in used
+                and (newest[peer.worker_id] is not peer or peer.asked_for_at_s < idle_since_s)
+            ]
+            peers = [self._peers.pop(key) for key in left]
+            if peers:
+                self._changed()
+        for peer in peers:
+            peer.close()
 
     def lost(self, send: worker_pb2.SendKv) -> None:
         """Nobody answers there: a worker that comes again has a new address or incarnation."""
@@ -161,7 +183,9 @@ class Sender:
 
     def estimated_s(self, send: worker_pb2.SendKv, size_bytes: int) -> float:
         """How long a transfer would take if all of it were there to be sent."""
-        return size_bytes / self.peer(send).rate_bytes_s
+        # Without making a peer: where ranks send, this process does not.
+        peer = self._peers.get((send.address, send.incarnation))
+        return size_bytes / (RATE_ASSUMED_BYTES_S if peer is None else peer.rate_bytes_s)
 
     def pair_request(self, send: worker_pb2.SendKv) -> kv_pb2.PairRequest:
         return kv_pb2.PairRequest(
@@ -175,6 +199,7 @@ class Sender:
     def ended(self, transfer: Transfer, sent: Sent) -> None:
         self._transfers.discard(transfer)
         self._changed()
+        self._leave_peers()
         self._on_sent(sent)
 
     def close(self, timeout_s: float = 2.0) -> None:

@@ -72,6 +72,7 @@ class Transfer:
 
     def __init__(self, sender: Sender, send: worker_pb2.SendKv, deadline_s: float) -> None:
         self.transfer_id = send.transfer_id
+        self.to = (send.address, send.incarnation)
         self._sender = sender
         self._send = send
         # Bounded by the bytes that `Sender.stage` lets through.
