@@ -77,18 +77,15 @@ class _Pair:
             options._devices = [device]
             self._group = distributed.ProcessGroupGloo(store, rank, 2, options)
 
-    def send(self, payloads: Sequence[memoryview]) -> Callable[[], None]:
-        """Returns what waits until they are sent; until then they must stay as they are."""
+    def send(self, payloads: Sequence[memoryview]) -> Iterator[int]:
+        """Each step waits for one to be sent, and gives its bytes; until then it must stay as it
+        is."""
         posted = []
         for payload in payloads:
             tensor = torch.frombuffer(payload, dtype=torch.uint8).to(self._device)
             posted.append((self._group.send([tensor], RECEIVER_RANK, 0), tensor))
 
-        def wait() -> None:
-            for work, _ in posted:
-                self._wait(work)
-
-        return wait
+        return (self._sent(work, tensor) for work, tensor in posted)
 
     def receive(self, sizes_bytes: Sequence[int]) -> Iterator[memoryview]:
         """Ready to take them from now on; each is waited for when it is asked for."""
@@ -97,6 +94,10 @@ class _Pair:
             tensor = torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
             posted.append((self._group.recv([tensor], SENDER_RANK, 0), tensor))
         return (self._received(work, tensor) for work, tensor in posted)
+
+    def _sent(self, work: Any, tensor: torch.Tensor) -> int:
+        self._wait(work)
+        return len(tensor)
 
     def _received(self, work: Any, tensor: torch.Tensor) -> memoryview:
         self._wait(work)
@@ -144,7 +145,7 @@ class _Outgoing(OutgoingGroup):
                 raise GroupBroken(self.broken)
             self._pair = pair
 
-    def send(self, headers: Sequence[bytes], payloads: Sequence[memoryview]) -> Callable[[], None]:
+    def send(self, headers: Sequence[bytes], payloads: Sequence[memoryview]) -> Iterator[int]:
         with self._lock:
             if self.broken:
                 raise GroupBroken(self.broken)
@@ -154,14 +155,13 @@ class _Outgoing(OutgoingGroup):
                 sent = self._pair.send(payloads)
             except RuntimeError as error:
                 raise self._break(error) from error
+        return self._waiting(sent)
 
-        def wait() -> None:
-            try:
-                sent()
-            except RuntimeError as error:
-                raise self._break(error) from error
-
-        return wait
+    def _waiting(self, sent: Iterator[int]) -> Iterator[int]:
+        try:
+            yield from sent
+        except (RuntimeError, GroupBroken) as error:
+            raise self._break(error) from error
 
     def _ended(self) -> None:
         # The pair has threads and sockets, and is let go of without the lock.

@@ -79,6 +79,8 @@ class OutgoingGroup(ABC):
 
     def __init__(self, call: JoinGroup, member: kv_pb2.GroupMember) -> None:
         self.broken = ""
+        self.moved_at_s = 0.0
+        """When any transfer's bytes were last sent, by the monotonic clock."""
         self._lock = threading.Lock()
         self._up: queue.SimpleQueue[kv_pb2.ToGroup | None] = queue.SimpleQueue()
         self._up.put(kv_pb2.ToGroup(join=member))
@@ -88,9 +90,9 @@ class OutgoingGroup(ABC):
         self._watcher.start()
 
     @abstractmethod
-    def send(self, headers: Sequence[bytes], payloads: Sequence[memoryview]) -> Callable[[], None]:
-        """Announce payloads and send them. Returns what waits until they are sent; until then they
-        must stay as they are.
+    def send(self, headers: Sequence[bytes], payloads: Sequence[memoryview]) -> Iterator[int]:
+        """Announce payloads and send them. Each step of what it returns waits until some of their
+        bytes are sent, and gives how many; until its end they must stay as they are.
 
         Raises:
             GroupBroken; so does what it returns.

@@ -187,11 +187,11 @@ class _Outgoing(OutgoingGroup):
         finally:
             pieces.give_back(piece)
 
-    def send(self, headers: Sequence[bytes], payloads: Sequence[memoryview]) -> Callable[[], None]:
+    def send(self, headers: Sequence[bytes], payloads: Sequence[memoryview]) -> Iterator[int]:
         if not payloads:
             with self._lock:
                 self._announce(headers)
-            return lambda: None
+            return iter(())
         size_bytes = sum(aligned(len(payload)) for payload in payloads)
         if size_bytes > PIECE_BYTES:
             raise GroupBroken(f"{size_bytes} bytes do not fit into {PIECE_BYTES}")
@@ -211,13 +211,14 @@ class _Outgoing(OutgoingGroup):
             self._under_way.append((piece, taken))
             self._announce(headers, address)
 
-        def wait() -> None:
-            if not taken.wait(group.GROUP_DEADLINE_S):
-                raise self._break(f"the receiver has read nothing for {group.GROUP_DEADLINE_S:g} s")
-            if self.broken:
-                raise GroupBroken(self.broken)
+        return self._waiting(taken, sum(map(len, payloads)))
 
-        return wait
+    def _waiting(self, taken: threading.Event, sent_bytes: int) -> Iterator[int]:
+        if not taken.wait(group.GROUP_DEADLINE_S):
+            raise self._break(f"the receiver has read nothing for {group.GROUP_DEADLINE_S:g} s")
+        if self.broken:
+            raise GroupBroken(self.broken)
+        yield sent_bytes
 
     def _on_answer(self, answer: kv_pb2.FromGroup) -> None:
         with self._lock:

@@ -67,6 +67,16 @@ class _Staged:
         return self.header, self.payload, padding(len(self.payload))
 
 
+@dataclass(frozen=True, slots=True)
+class _Posted:
+    """A batch that a group has under way."""
+
+    sent: Iterator[int]
+    """Each step waits for some of its bytes."""
+    size_bytes: int
+    started_s: float
+
+
 class Transfer:
     """One prompt's KV on its way. `push` may block, for ENGINE_WAIT_MAX_S in all."""
 
@@ -85,6 +95,8 @@ class Transfer:
         self._moved_at_s = 0.0
         self._engine_waited_s = 0.0
         self._busy_s = 0.0
+        self._busy_until_s = 0.0
+        self._under_way: deque[_Posted] = deque()
         self._credit_wait_s = 0.0
         self.held_tokens = 0
         """The prompt's first tokens, which the receiver has. Known when it gives credit."""
@@ -185,7 +197,11 @@ class Transfer:
             call.cancel()  # type: ignore[no-untyped-call]
 
     def is_stalled(self, now_s: float) -> bool:
-        stands_s = now_s - self._moved_at_s
+        moved_at_s = self._moved_at_s
+        if self._group is not None and self._under_way:
+            # It may only be behind another transfer's.
+            moved_at_s = max(moved_at_s, self._group.moved_at_s)
+        stands_s = now_s - moved_at_s
         return self._staged > 0 and stands_s >= STALLED_S and not self._given_up
 
     def join(self, timeout_s: float) -> None:
@@ -258,33 +274,61 @@ class Transfer:
             self._send_by(self._group)
             return
         for frames in self._batches(MESSAGE_BYTES_MIN):
+            started_s = time.monotonic()
             # Joined here and not when they were pushed: what waits is then in memory once, and each
             # message takes the memory that the one before has left warm.
             parts = [part for frame in frames for part in frame.parts()]
             # A frame that is whole already is not copied again.
             yield b"".join(parts)
+            # gRPC asks for the next when it has sent this one.
+            self._moved(_size_bytes(frames), started_s)
 
     def _send_by(self, group: OutgoingGroup) -> None:
-        """Two batches are under way at a time."""
-        waits: deque[Callable[[], None]] = deque()
+        """Two batches are under way at a time. What is said of a batch is said when it was sent:
+        that a group has taken it on says nothing."""
         try:
-            for frames in self._batches(group.batch_bytes_min):
-                headers = [frame.header for frame in frames]
-                payloads = [memoryview(frame.payload) for frame in frames if frame.payload]
-                waits.append(group.send(headers, payloads))
-                if len(waits) > 1:
-                    waits.popleft()()
+            for frames in self._batches(group.batch_bytes_min, before_waiting=self._finish_batches):
+                self._post(group, frames)
+                self._finish_batches(1)
             if not self.done.is_set():
-                waits.append(group.send([self._header(end=kv_pb2.EndTransfer())], []))
-            for wait in waits:
-                wait()
+                self._post(group, [_Staged(self._header(end=kv_pb2.EndTransfer()))])
+            self._finish_batches()
         except GroupBroken as error:
             self.give_up(f"its group broke: {error}")
 
-    def _batches(self, bytes_min: int) -> Iterator[list[_Staged]]:
-        """The frames. Small ones that wait already come together. Whoever asks for the next has
-        sent the one before."""
+    def _post(self, group: OutgoingGroup, frames: Sequence[_Staged]) -> None:
+        started_s = time.monotonic()
+        headers = [frame.header for frame in frames]
+        payloads = [memoryview(frame.payload) for frame in frames if frame.payload]
+        sent = group.send(headers, payloads)
+        self._under_way.append(_Posted(sent, _size_bytes(frames), started_s))
+
+    def _finish_batches(self, leave: int = 0) -> None:
+        """Wait for those under way, but for the newest."""
+        while len(self._under_way) > leave:
+            posted = self._under_way[0]
+            left_bytes = posted.size_bytes
+            for sent_bytes in posted.sent:
+                left_bytes -= sent_bytes
+                self._moved(sent_bytes, posted.started_s)
+            self._moved(left_bytes, posted.started_s)
+            self._under_way.popleft()
+
+    def _moved(self, size_bytes: int, started_s: float) -> None:
+        now = time.monotonic()
+        self._busy_s += now - max(started_s, self._busy_until_s)
+        self._busy_until_s = self._moved_at_s = now
+        if self._group is not None:
+            self._group.moved_at_s = now
+        self._unstage(size_bytes)
+
+    def _batches(
+        self, bytes_min: int, before_waiting: Callable[[], None] = lambda: None
+    ) -> Iterator[list[_Staged]]:
+        """The frames. Small ones that wait already come together."""
         while not self.done.is_set():
+            if self._frames.empty():
+                before_waiting()
             try:
                 frame = self._frames.get(timeout=self._remaining_s())
             except queue.Empty:
@@ -306,12 +350,7 @@ class Transfer:
                     break
                 frame = self._frames.get()
             if frames:
-                started_s = time.monotonic()
                 yield frames
-                now = time.monotonic()
-                self._busy_s += now - started_s
-                self._moved_at_s = now
-                self._unstage(size_bytes)
             if frame is None:
                 return
 
@@ -324,6 +363,10 @@ class Transfer:
     def _header(self, **kind: Any) -> bytes:
         header = kv_pb2.FrameHeader(transfer_id=self.transfer_id, **kind)
         return encode_header(header, 0)
+
+
+def _size_bytes(frames: Sequence[_Staged]) -> int:
+    return sum(frame.size_bytes for frame in frames)
 
 
 def _describe(error: grpc.RpcError) -> str:
