@@ -224,13 +224,17 @@ class ClusterCore(EveryWorker):
     def relieve(self, key: WorkerKey, left_s: float) -> None:
         """A worker drains, and has this time left: its requests go on elsewhere when it is due."""
         actions = self.scheduler.on_draining(key, left_s, self._clock())
+        self._count_moved(actions)
+        self._carry_out(actions)
+
+    def _count_moved(self, actions: list[Action]) -> None:
+        """Where they go on, and not where they are asked to leave: KV cannot always move."""
         for action in actions:
             match action:
                 case StartPrefill() | StartLocal():
                     self.metrics.moved.labels("recomputed").inc()
-                case MoveOut():
+                case StartDecode():
                     self.metrics.moved.labels("kv").inc()
-        self._carry_out(actions)
 
     def tick(self) -> None:
         """To be called every TICK_S."""
@@ -391,6 +395,7 @@ class ClusterCore(EveryWorker):
                     if not moved.moved:
                         logger.info("leg %s is computed again: %s", moved.leg_id, moved.reason)
                     actions = self.scheduler.on_moved_out(moved.leg_id, moved.moved, self._clock())
+                    self._count_moved(actions)
                     self._carry_out(actions)
                 case "utility":
                     self.on_reply(worker, message.utility)

@@ -36,13 +36,17 @@ class Link:
 
     def __init__(self) -> None:
         self.requests: list[EngineCoreRequest] = []
+        self.moves: list[worker_pb2.MoveOut] = []
         self.aborted: list[str] = []
 
     def send(self, message: worker_pb2.ToEngine) -> None:
         if message.HasField("abort"):
             self.aborted.extend(message.abort.request_ids)
             return
-        if message.HasField("utility"):
+        if message.HasField("utility") or message.HasField("drop"):
+            return
+        if message.HasField("move"):
+            self.moves.append(message.move)
             return
         assert message.HasField("add")
         decoder = MsgpackDecoder(EngineCoreRequest)
@@ -290,6 +294,30 @@ async def test_requests_are_counted_by_how_they_end() -> None:
     }
     assert counted == {"kept_local": 2, "aborted": 1, "failed": 2}
     assert core.tally.by_path == {"kept_local": 2}
+
+
+@pytest.mark.parametrize(("moved", "way"), [(True, "kv"), (False, "recomputed")])
+async def test_a_move_counts_as_what_became_of_it(moved: bool, way: str) -> None:
+    """Workers of several ranks, for one, refuse it."""
+    router, there = Router(), Link()
+    router.hears(step(1.0, EngineCoreOutput(await router.leg_of("a"), [1])))
+    router.connect(WorkerKey("decode-1", "i1"), there)
+    views = router.core.scheduler.view.workers
+    for view in views.values():
+        view.kv_bytes_per_token = 1
+        view.rates.step.learn(1, 1000)
+    views[KEY].draining = True
+    router.core.relieve(KEY, 1)
+    (move,) = router.link.moves
+    ways = router.core.metrics.moved
+    assert [ways.labels(each)._value.get() for each in ("kv", "recomputed")] == [0, 0]
+    answer = worker_pb2.MovedOut(leg_id=move.leg_id, moved=moved)
+    # Once, however often it is said.
+    for _ in range(2):
+        router.core._on_messages(router.worker, [worker_pb2.FromEngine(moved=answer)])
+    assert len(there.requests) == 1
+    counted = {each: ways.labels(each)._value.get() for each in ("kv", "recomputed")}
+    assert counted == {"kv": 0, "recomputed": 0} | {way: 1}
 
 
 async def test_a_call_that_a_lost_worker_does_not_answer_is_answered_with_an_error_object() -> None:
