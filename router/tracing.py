@@ -51,6 +51,8 @@ def trace_handoff(
         "exposed_s": adopted.exposed_s,
         **parts_s,
     }
+    if adopted.instead_of:
+        told["instead_of"] = adopted.instead_of
     for name, value in told.items():
         span.set_attribute(f"baton.handoff.{name}", value)
     if not adopted.handed_over:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from cluster.wire import kv_pb2, worker_pb2
+from tests.frames import encode_frame
 from tests.integration.conftest import WORKER_REQUESTS_MAX
 from tests.integration.gated_worker import (
     ADDED,
@@ -29,7 +30,6 @@ from tests.integration.gated_worker import (
 from tests.integration.held import Client, Held, OtherRouter, OtherSender, Watch, wait_until
 from tests.integration.test_equal_to_plain_vllm import prompt_of
 from tests.processes import Cluster, metrics
-from workers.kv.frames import encode_frame
 
 IN_ONE_GO, LAYER_BY_LAYER = 8, 450
 """Tokens of prompts that are sent after their prefill, and while it computes, in three chunks."""

@@ -117,6 +117,10 @@ def receive_all(inbox: Inbox, *frames: Frame) -> tuple[TransferState, str]:
     return result
 
 
+def waiting_for_room(inbox: Inbox) -> int:
+    return len(inbox._waiting)
+
+
 def assert_failed(inbox: Inbox, transfer_id: str = "t") -> None:
     """The transfer failed, nothing of it can be adopted, and it holds no bytes."""
     state, _ = inbox.receive(kv_frame(transfer_id))

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 
 from cluster.wire import kv_pb2
+from tests.frames import encode_frame
 from tests.unit.ends import (
     SOON_S,
     Frames,
@@ -16,7 +17,7 @@ from tests.unit.ends import (
     Receiver,
     push_all,
 )
-from workers.kv.frames import checksum, encode_frame
+from workers.kv.frames import checksum
 
 ANY_S: float = mock.ANY
 

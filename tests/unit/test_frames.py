@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.wire import kv_pb2
+from tests.frames import encode_frame
 from workers.kv.frames import (
     ALIGNMENT_BYTES,
     BadFrame,
@@ -17,7 +18,6 @@ from workers.kv.frames import (
     checksum,
     decode_frames,
     digest_tokens,
-    encode_frame,
 )
 
 

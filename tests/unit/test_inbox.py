@@ -26,6 +26,7 @@ from tests.unit.inbox_frames import (
     make_inbox,
     open_frame,
     receive_all,
+    waiting_for_room,
 )
 from workers.kv import inbox as inbox_module
 from workers.kv.codecs import group_codec
@@ -145,12 +146,12 @@ def test_who_finds_no_room_waits_and_the_first_comes_first() -> None:
     assert asked.ask("large", 2 * TOKENS) is TransferState.WAITING
     assert asked.ask("small") is TransferState.WAITING
     inbox.expect("small", SENDER, noticed.append)
-    assert (inbox.bytes_held, inbox.transfers_waiting) == (WHOLE_BYTES, 2)
+    assert (inbox.bytes_held, waiting_for_room(inbox)) == (WHOLE_BYTES, 2)
     clock.now_s += 3.0
     receive_all(inbox, *kv_frames("a"))
     inbox.take("a")
     assert asked.told[2:] == [("large", "")]
-    assert (inbox.bytes_held, inbox.transfers_waiting) == (2 * WHOLE_BYTES, 1)
+    assert (inbox.bytes_held, waiting_for_room(inbox)) == (2 * WHOLE_BYTES, 1)
     clock.now_s += 1.0
     inbox.fail("large", "its sender is gone")
     assert asked.told[3:] == [("small", "")]
@@ -188,7 +189,7 @@ def test_who_waits_for_room_may_end_and_lets_the_next_by(end: str) -> None:
             inbox.expect("waits", OTHER_SENDER, lambda settled: None)
     told = dict(asked.told)
     assert (len(asked.told), bool(told["waits"]), told["next"]) == (3, True, "")
-    assert (inbox.bytes_held, inbox.transfers_waiting) == (WHOLE_BYTES, 0)
+    assert (inbox.bytes_held, waiting_for_room(inbox)) == (WHOLE_BYTES, 0)
 
 
 def test_frames_before_there_is_room_fail_the_transfer() -> None:
@@ -336,7 +337,7 @@ def test_held_tokens_need_not_come_and_take_no_room(early: bool) -> None:
     inbox.receive(open_frame(expects_held=True))
     inbox.await_credit("t", given.append)
     if not early:
-        assert not given and inbox.transfers_waiting == 1
+        assert not given and waiting_for_room(inbox) == 1
         assert inbox.hold("t", HELD_TOKENS)
     assert given == [""]
     assert inbox.held("t") == HELD_TOKENS

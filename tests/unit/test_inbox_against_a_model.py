@@ -27,6 +27,7 @@ from tests.unit.inbox_frames import (
     kv_frames,
     make_inbox,
     open_frame,
+    waiting_for_room,
 )
 from workers.kv.frames import Frame
 from workers.kv.incoming import Settled, TransferState
@@ -279,7 +280,7 @@ class InboxMachine(RuleBasedStateMachine):
         assert 0 <= self.inbox.bytes_held <= self.inbox.max_bytes
         failed = sum(e.state is TransferState.FAILED for e in self.model.values())
         assert self.inbox.transfers_held == len(self.model) - failed
-        assert self.inbox.transfers_waiting == len(self.queue)
+        assert waiting_for_room(self.inbox) == len(self.queue)
 
     @invariant()
     def answers_each_claim_at_most_once(self) -> None:

@@ -24,6 +24,7 @@ from tests.unit.ends import (
     push_all,
     push_layer,
 )
+from tests.unit.inbox_frames import waiting_for_room
 from workers.kv.transfer import ENGINE_WAIT_MAX_S, STALLED_S, Sent
 
 LARGE = memoryview(bytes(16 << 20))
@@ -38,7 +39,7 @@ WRONG_SIZE = f"a payload of {len(LARGE)} bytes where {LAYER_BYTES} belong"
 
 def waits_for_room(receiver: Receiver) -> None:
     until_s = time.monotonic() + SOON_S
-    while not receiver.inbox.transfers_waiting:
+    while not waiting_for_room(receiver.inbox):
         assert time.monotonic() < until_s
         time.sleep(0.005)
 
@@ -83,7 +84,7 @@ def test_a_wait_for_room_ends_at_its_deadline(
     reason = "the inbox had no room for it within 0.2 s"
     assert (sent.delivered, sent.reason) == (False, reason)
     assert claim.get(timeout=SOON_S).reason == reason
-    assert (inbox.transfers_waiting, inbox.bytes_held) == (0, GEOMETRY.layers * LAYER_BYTES)
+    assert (waiting_for_room(inbox), inbox.bytes_held) == (0, GEOMETRY.layers * LAYER_BYTES)
     outbox.assert_at_rest()
 
 
@@ -100,7 +101,7 @@ def test_who_leaves_while_it_waits_for_room_waits_no_more(
         outbox.sender.peer(full.send_kv()).channel.close()
     assert not outbox.result().delivered
     assert not claim.get(timeout=SOON_S).whole
-    assert full.inbox.transfers_waiting == 0
+    assert waiting_for_room(full.inbox) == 0
     outbox.assert_at_rest()
 
 

@@ -71,6 +71,17 @@ def test_a_span_tells_all_of_a_hand_off_and_its_parts_add_up(
     assert span.status.is_ok
 
 
+def test_a_fall_back_tells_which_transport_could_not_be_used(
+    exporter: InMemorySpanExporter,
+) -> None:
+    fell_back = worker_pb2.Adopted(handed_over=True, transport="grpc", instead_of="nixl")
+    trace_handoff(fell_back, HEADERS, "p", "d", ENDED_UNIX_S)
+    attributes = only_span(exporter).attributes
+    assert attributes is not None
+    assert attributes["baton.handoff.transport"] == "grpc"
+    assert attributes["baton.handoff.instead_of"] == "nixl"
+
+
 def test_a_failed_hand_off_is_an_error_with_its_reason(exporter: InMemorySpanExporter) -> None:
     reason = "the inbox had no room for it within 5 s"
     adopted = worker_pb2.Adopted(reason=reason, credit_wait_s=5, exposed_s=4.5, transport="grpc")

@@ -44,10 +44,6 @@ def checksum(*parts: bytes | memoryview) -> int:
     return state.intdigest()
 
 
-def encode_frame(header: kv_pb2.FrameHeader, payload: bytes | memoryview = b"") -> bytes:
-    return b"".join((encode_header(header, len(payload)), payload, padding(len(payload))))
-
-
 def encode_header(header: kv_pb2.FrameHeader, payload_bytes: int) -> bytes:
     """What comes before the payload."""
     encoded = header.SerializeToString()

@@ -79,11 +79,6 @@ class Inbox:
         """Without failed ones, of which no more is here than why."""
         return len(self._transfers) - len(self._failed)
 
-    @property
-    def transfers_waiting(self) -> int:
-        """For room."""
-        return len(self._waiting)
-
     def receive(self, frame: Frame) -> tuple[TransferState, str]:
         """Take a frame in. Returns whether going on makes sense, and if not, why: WHOLE if this was
         the last frame of its part."""
