@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from cluster.handoff_failure import HandoffFailure
 from cluster.scheduler.life import Failure, Finish, Path
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -47,8 +48,11 @@ class RouterMetrics:
         self.handoffs_failed = Counter(
             "baton_handoffs_failed",
             "KV hand-offs that did not arrive whole; the prompt was recomputed.",
+            ["reason"],
             registry=registry,
         )
+        for why in HandoffFailure:
+            self.handoffs_failed.labels(why)
         self.handoff_bytes = Counter(
             "baton_handoff_bytes", "KV bytes adopted from another worker.", registry=registry
         )

@@ -66,7 +66,7 @@ class Tally:
             self.metrics.handoffs_by_transport.labels(adopted.transport, adopted.instead_of).inc()
         else:
             self.handoffs_failed += 1
-            self.metrics.handoffs_failed.inc()
+            self.metrics.handoffs_failed.labels(adopted.failure).inc()
         self.recent.appendleft(
             HandoffRow(
                 at_unix_s=time.time(),

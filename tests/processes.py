@@ -303,6 +303,11 @@ def metrics(url: str) -> dict[str, float]:
     return samples
 
 
+def total(samples: dict[str, float], name: str) -> float:
+    """Of a metric, over all its labels."""
+    return sum(value for sample, value in samples.items() if sample.partition("{")[0] == name)
+
+
 @contextlib.contextmanager
 def plain_vllm(folder: Path, vllm_args: list[str], spawn: Callable[..., Process]) -> Iterator[str]:
     """One ordinary vLLM server, to compare with."""

@@ -29,6 +29,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from cluster.handoff_failure import HandoffFailure
 from cluster.wire import worker_pb2
 from workers.engine_listener import EngineListener
 from workers.kv.codecs import CODEC_NAMES
@@ -299,6 +300,7 @@ class EngineHost:
             self._endpoint.inbox.fail(
                 waiting.add.receive.transfer_id,
                 f"the KV was not whole {waiting.add.receive.deadline_s:g} s after the decode leg",
+                HandoffFailure.LATE,
             )
         for transfer_id in self._endpoint.inbox.sweep():
             logger.warning("transfer %s was abandoned and is dropped", transfer_id)
@@ -336,15 +338,16 @@ class EngineHost:
         waiting = self._waiting.pop(request_id, None)
         if waiting is None:
             return
-        reason = settled.reason
+        reason, failure = settled.reason, settled.failure
         if settled.whole:
             whole = self._endpoint.inbox.admit(settled.transfer_id)
             if whole is None:
-                reason = "the transfer was dropped"
+                reason, failure = "the transfer was dropped", HandoffFailure.DROPPED
             elif whole.prompt_digest != digest_tokens(waiting.token_ids[: whole.tokens]):
-                reason = "the KV is of another prompt"
+                reason, failure = "the KV is of another prompt", HandoffFailure.WRONG
             elif whole.held_tokens and not self.held.holds(settled.transfer_id):
                 reason = "what the prefix cache had of the prompt was given away meanwhile"
+                failure = HandoffFailure.DROPPED
         adopt = "" if reason else settled.transfer_id
         if reason:
             logger.warning("request %s is recomputed: %s", request_id, reason)
@@ -355,6 +358,7 @@ class EngineHost:
                 request_id=request_id,
                 handed_over=not reason,
                 reason=reason,
+                failure=failure or "",
                 bytes=settled.bytes if adopt else 0,
                 tokens=settled.tokens if adopt else 0,
                 held_tokens=settled.held_tokens if adopt else 0,

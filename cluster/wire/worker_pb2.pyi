@@ -281,10 +281,11 @@ class UtilityReply(_message.Message):
     def __init__(self, call_id: _Optional[int] = ..., result: _Optional[bytes] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Adopted(_message.Message):
-    __slots__ = ("request_id", "handed_over", "reason", "bytes", "tokens", "exposed_s", "held_tokens", "credit_wait_s", "first_layer_s", "wire_s", "transport", "codec", "instead_of", "layers")
+    __slots__ = ("request_id", "handed_over", "reason", "failure", "bytes", "tokens", "exposed_s", "held_tokens", "credit_wait_s", "first_layer_s", "wire_s", "transport", "codec", "instead_of", "layers")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
@@ -299,6 +300,7 @@ class Adopted(_message.Message):
     request_id: str
     handed_over: bool
     reason: str
+    failure: str
     bytes: int
     tokens: int
     exposed_s: float
@@ -310,7 +312,7 @@ class Adopted(_message.Message):
     codec: str
     instead_of: str
     layers: int
-    def __init__(self, request_id: _Optional[str] = ..., handed_over: _Optional[bool] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., held_tokens: _Optional[int] = ..., credit_wait_s: _Optional[float] = ..., first_layer_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., transport: _Optional[str] = ..., codec: _Optional[str] = ..., instead_of: _Optional[str] = ..., layers: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., handed_over: _Optional[bool] = ..., reason: _Optional[str] = ..., failure: _Optional[str] = ..., bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., held_tokens: _Optional[int] = ..., credit_wait_s: _Optional[float] = ..., first_layer_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., transport: _Optional[str] = ..., codec: _Optional[str] = ..., instead_of: _Optional[str] = ..., layers: _Optional[int] = ...) -> None: ...
 
 class MovedOut(_message.Message):
     __slots__ = ("leg_id", "moved", "reason")

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
+from cluster.handoff_failure import HandoffFailure
 from tests.integration.conftest import CHUNK_TOKENS
 from tests.integration.tampering_worker import FAULT_FILE
 from tests.integration.test_equal_to_plain_vllm import ask, prompt_of
 from tests.nursery import Nursery
-from tests.processes import Cluster, metrics, running_cluster
+from tests.processes import Cluster, metrics, running_cluster, total
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ FAULTS = {
 }
 
 
+# A stale sender's is refused when it opens, or when the decode leg says who was meant.
+OPENED_BY = {"stale receiver": [""], "stale sender": ["", "grpc"]}
+REASONS = {"missing": HandoffFailure.SENDER}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damaged_kv_is_recomputed(tampered: Tampered, plain: str, fault: str) -> None:
     seed = 100 + list(FAULTS).index(fault)
@@ -89,8 +96,14 @@ def test_damaged_kv_is_recomputed(tampered: Tampered, plain: str, fault: str) ->
     assert tampered.ask(fault, seed) == answer(plain, seed)
     after = metrics(url)
     failed, recomputed = "baton_handoffs_failed_total", 'baton_requests_total{path="recomputed"}'
-    assert after[failed] - before[failed] == 1
+    assert total(after, failed) - total(before, failed) == 1
+    why = f'{failed}{{reason="{REASONS.get(fault, HandoffFailure.WRONG)}"}}'
+    assert after[why] - before[why] == 1
     assert after[recomputed] - before[recomputed] == 1
+    waited = "baton_handoff_exposed_seconds_count"
+    assert after[waited] - before[waited] == 1
+    row = httpx.get(f"{url}/dashboard/state").json()["recent_handoffs"][0]
+    assert row["transport"] in OPENED_BY.get(fault, ["grpc"])
     assert tampered.cluster.router is not None
     last = [li for li in tampered.cluster.router.output().splitlines() if " recomputes " in li][-1]
     assert FAULTS[fault] in last

@@ -25,7 +25,7 @@ from tests.integration.faults import (
 from tests.integration.staged_worker import ADOPTING, COMPUTED, COMPUTING, QUEUED, SENDING
 from tests.integration.streams import STREAM_DEADLINE_S
 from tests.nursery import Nursery
-from tests.processes import metrics, wait_for_workers, wait_until_serving
+from tests.processes import metrics, total, wait_for_workers, wait_until_serving
 
 DECODING = "decoding"
 PHASES = [QUEUED, COMPUTING, COMPUTED, SENDING, ADOPTING, DECODING]
@@ -121,7 +121,7 @@ def streams_survive(faults: Faults, phase: str, signum: signal.Signals, victim: 
         expect_undisturbed(streams, faults.undisturbed)
         after = metrics(faults.url)
         if effect := EFFECTS.get((phase, victim)):
-            assert after[effect] > before[effect]
+            assert total(after, effect) > total(before, effect)
         faults.until_nothing_is_held(without=name)
     finally:
         faults.go_on()

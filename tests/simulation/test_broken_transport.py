@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.arrivals import Arrivals
+from cluster.handoff_failure import HandoffFailure
 from cluster.membership import WorkerRecord
 from cluster.scheduler.view import ClusterView, WorkerView
 from router.following import Leases, Steps, follow
@@ -128,9 +129,9 @@ def takes_repeated_frames(patch: Patch) -> None:
 def adopts_after_a_failure(patch: Patch) -> None:
     fail = Inbox._fail
 
-    def broken(self: Inbox, transfer: Any, reason: str) -> None:
+    def broken(self: Inbox, transfer: Any, reason: str, failure: HandoffFailure) -> None:
         if transfer.open is None:
-            fail(self, transfer, reason)
+            fail(self, transfer, reason, failure)
         else:
             transfer.state = TransferState.WHOLE
 
@@ -138,7 +139,7 @@ def adopts_after_a_failure(patch: Patch) -> None:
 
 
 def tells_nobody(patch: Patch) -> None:
-    patch.setattr(Inbox, "fail", lambda self, transfer_id, reason: None)
+    patch.setattr(Inbox, "fail", lambda self, *how: None)
     patch.setattr(Inbox, "sweep", lambda self: [])
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from cluster.handoff_failure import HandoffFailure
 from cluster.wire import kv_pb2
 from tests.unit.inbox_frames import (
     GEOMETRY,
@@ -304,7 +305,8 @@ def test_a_second_claim_is_refused_and_the_first_stays() -> None:
     first, second, third = list[Settled](), list[Settled](), list[Settled]()
     inbox.expect("t", SENDER, first.append)
     inbox.expect("t", SENDER, second.append)
-    refused = Settled("t", False, "another decode leg has claimed the transfer")
+    reason = "another decode leg has claimed the transfer"
+    refused = Settled("t", False, reason, failure=HandoffFailure.DROPPED)
     assert (first, second) == ([], [refused])
     receive_all(inbox, open_frame(), *kv_frames())
     assert [settled.whole for settled in first] == [True]

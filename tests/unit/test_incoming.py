@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.handoff_failure import HandoffFailure
 from cluster.wire import kv_pb2
 from tests.unit.inbox_frames import (
     ALL_CELLS,
@@ -136,7 +137,8 @@ def test_a_wrong_frame_fails_the_transfer_whole(fault: str) -> None:
     state, said = inbox.receive(frame)
     assert state is TransferState.FAILED
     assert reason in said
-    assert noticed == [Settled("t", False, said, codec=kv_pb2.CODEC_NONE)]
+    failure = HandoffFailure.SENDER if fault == "abort" else HandoffFailure.WRONG
+    assert noticed == [Settled("t", False, said, codec=kv_pb2.CODEC_NONE, failure=failure)]
     assert inbox.bytes_held == 0
     # What was missing comes after all: too late.
     assert receive_all(inbox, *kv_frames()) == (TransferState.FAILED, said)
@@ -145,17 +147,19 @@ def test_a_wrong_frame_fails_the_transfer_whole(fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reached", "parts_s"),
+    ("reached", "parts_s", "failure"),
     [
-        ("nothing", (0, 0, 0)),
-        ("too large", (0, 0, 0)),
-        ("waits for room", (4, 0, 0)),
-        ("has room", (1, 4, 0)),
-        ("some came", (1, 2, 4)),
-        ("all came", (1, 2, 3)),
+        ("nothing", (0, 0, 0), HandoffFailure.LATE),
+        ("too large", (0, 0, 0), HandoffFailure.NO_ROOM),
+        ("waits for room", (4, 0, 0), HandoffFailure.LATE),
+        ("has room", (1, 4, 0), HandoffFailure.LATE),
+        ("some came", (1, 2, 4), HandoffFailure.LATE),
+        ("all came", (1, 2, 3), HandoffFailure.WRONG),
     ],
 )
-def test_one_that_fails_tells_how_far_it_came(reached: str, parts_s: tuple[float, ...]) -> None:
+def test_one_that_fails_tells_why_and_how_far_it_came(
+    reached: str, parts_s: tuple[float, ...], failure: HandoffFailure
+) -> None:
     """Whole or not, its parts add up to the time from its opening."""
     clock, noticed = Clock(), list[Settled]()
     inbox = make_inbox(max_bytes=WHOLE_BYTES, clock=clock)
@@ -178,13 +182,13 @@ def test_one_that_fails_tells_how_far_it_came(reached: str, parts_s: tuple[float
     if reached == "all came":
         inbox.receive(first)
     else:
-        inbox.fail("t", "its sender is lost")
+        inbox.fail("t", "not whole in time", HandoffFailure.LATE)
     clock.now_s += 5
     inbox.expect("t", SENDER, noticed.append)
     if reached == "nothing":
-        inbox.fail("t", "its sender is lost")
+        inbox.fail("t", "not whole in time", HandoffFailure.LATE)
     (how,) = noticed
-    assert not how.whole and how.reason
+    assert (how.whole, how.failure) == (False, failure)
     assert (how.credit_wait_s, how.first_layer_s, how.wire_s) == parts_s
     ways = ("", "") if reached == "nothing" else ("grpc", "nixl")
     assert (how.transport, how.instead_of) == ways
@@ -206,7 +210,7 @@ def test_a_frame_before_the_transfer_is_opened_fails_it() -> None:
     state, reason = inbox.receive(kv_frame())
     assert state is TransferState.FAILED
     assert "before the transfer was opened" in reason
-    assert noticed == [Settled("t", False, reason)]
+    assert noticed == [Settled("t", False, reason, failure=HandoffFailure.WRONG)]
     assert receive_all(inbox, open_frame(), *kv_frames())[0] is TransferState.FAILED
     assert_failed(inbox)
 

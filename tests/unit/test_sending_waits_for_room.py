@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from cluster.handoff_failure import HandoffFailure
 from tests.unit.ends import (
     GEOMETRY,
     LAYER_BYTES,
@@ -83,7 +84,8 @@ def test_a_wait_for_room_ends_at_its_deadline(
     sent = outbox.result()
     reason = "the inbox had no room for it within 0.2 s"
     assert (sent.delivered, sent.reason) == (False, reason)
-    assert claim.get(timeout=SOON_S).reason == reason
+    settled = claim.get(timeout=SOON_S)
+    assert (settled.reason, settled.failure) == (reason, HandoffFailure.NO_ROOM)
     assert (waiting_for_room(inbox), inbox.bytes_held) == (0, GEOMETRY.layers * LAYER_BYTES)
     outbox.assert_at_rest()
 

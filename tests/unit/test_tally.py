@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cluster.handoff_failure import HandoffFailure
 from cluster.wire import worker_pb2
 from router.metrics import RouterMetrics
 from router.tally import Tally
@@ -26,8 +27,10 @@ def test_the_wait_for_kv_counts_also_where_it_was_in_vain(
     whole = worker_pb2.Adopted(
         handed_over=True, exposed_s=0.5, credit_wait_s=0.25, wire_s=1, transport="grpc"
     )
-    no_room = worker_pb2.Adopted(reason="no room", exposed_s=4, credit_wait_s=5, transport="grpc")
-    never_opened = worker_pb2.Adopted(reason="not whole in time", exposed_s=10)
+    no_room = worker_pb2.Adopted(
+        reason="no room", failure="no_room", exposed_s=4, credit_wait_s=5, transport="grpc"
+    )
+    never_opened = worker_pb2.Adopted(reason="not whole in time", failure="late", exposed_s=10)
     for adopted in (whole, no_room, never_opened):
         tally.handoff_ended(adopted, "r", "p", "d")
 
@@ -41,4 +44,9 @@ def test_the_wait_for_kv_counts_also_where_it_was_in_vain(
     # To the last layer, which was not there.
     assert observed("") == (1, 1.25)
     assert observed("wire_") == (1, 1)
+    failed = [
+        registry.get_sample_value("baton_handoffs_failed_total", {"reason": reason})
+        for reason in HandoffFailure
+    ]
+    assert failed == [1, 1, 0, 0, 0]
     assert [row.exposed_s for row in tally.recent] == [10, 4, 0.5]

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from cluster.handoff_failure import HandoffFailure
 from cluster.wire import kv_pb2
 from workers.kv.frames import BadFrame, Frame, check_payload, decode_header
 from workers.kv.inbox import Inbox
@@ -228,7 +229,7 @@ class IncomingGroup(ABC):
                 try:
                     check_payload(frame.header, frame.payload)
                 except BadFrame as error:
-                    self._inbox.fail(transfer_id, str(error))
+                    self._inbox.fail(transfer_id, str(error), HandoffFailure.WRONG)
                 else:
                     state, _ = self._inbox.receive(frame)
                     if state is TransferState.WHOLE:

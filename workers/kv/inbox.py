@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from cluster.handoff_failure import HandoffFailure
 from cluster.wire import kv_pb2
 from workers.kv.frames import Frame
 from workers.kv.incoming import (
@@ -88,15 +89,14 @@ class Inbox:
                 return TransferState.FAILED, "the transfer is over"
             transfer = self._get(transfer_id)
             if transfer.state in (TransferState.ARRIVING, TransferState.WAITING):
-                reason = self._take(transfer, frame)
-                if reason:
-                    self._fail(transfer, reason)
-                else:
-                    self._give_credit()
+                self._take(transfer, frame)
+                self._give_credit()
             elif (
                 transfer.state is TransferState.WHOLE and frame.header.WhichOneof("kind") != "abort"
             ):
-                self._fail(transfer, "a frame arrived after the transfer was whole")
+                self._fail(
+                    transfer, "a frame arrived after the transfer was whole", HandoffFailure.WRONG
+                )
             self._notice(transfer)
             state = transfer.state
             if state is TransferState.ARRIVING and frame.header.WhichOneof("kind") == "kv":
@@ -130,7 +130,8 @@ class Inbox:
                     self._claim(transfer, sender, on_settled)
                     return
                 refused = "another decode leg has claimed the transfer"
-            self._calls.append(lambda: on_settled(Settled(transfer_id, False, refused)))
+            settled = Settled(transfer_id, False, refused, failure=HandoffFailure.DROPPED)
+            self._calls.append(lambda: on_settled(settled))
 
     def hold(self, transfer_id: str, tokens: int) -> bool:
         """The prompt's first `tokens` are in the prefix cache, and need not come. False if that is
@@ -195,17 +196,19 @@ class Inbox:
             if transfer is None:
                 return
             if transfer.state is not TransferState.FAILED:
-                self._fail(transfer, reason)
+                self._fail(transfer, reason, HandoffFailure.DROPPED)
             self._notice(transfer)
             self._forget(transfer)
 
-    def fail(self, transfer_id: str, reason: str) -> None:
+    def fail(
+        self, transfer_id: str, reason: str, failure: HandoffFailure = HandoffFailure.SENDER
+    ) -> None:
         """The sender's stream broke, or the time to wait for room or for the KV has passed."""
         with self._changing():
             transfer = self._transfers.get(transfer_id)
             if transfer is None or transfer.state in (TransferState.WHOLE, TransferState.FAILED):
                 return
-            self._fail(transfer, reason)
+            self._fail(transfer, reason, failure)
             self._notice(transfer)
 
     def stream_broke(
@@ -294,36 +297,58 @@ class Inbox:
         transfer.on_settled = on_settled
         transfer.expected_sender = sender
         if transfer.open is not None and (found := sender_of(transfer.open)) != sender:
-            self._fail(transfer, foreign_sender(found, sender))
+            self._fail(transfer, foreign_sender(found, sender), HandoffFailure.WRONG)
         self._notice(transfer)
 
-    def _take(self, transfer: Incoming, frame: Frame) -> str:
-        """Returns why the transfer fails, or an empty string."""
+    def _take(self, transfer: Incoming, frame: Frame) -> None:
+        """Or it fails."""
         now = self._clock()
         transfer.changed_at_s = now
-        kind = frame.header.WhichOneof("kind")
-        if kind == "open":
-            return self._take_open(transfer, frame.header.open, now)
-        if kind == "abort":
-            return f"the sender gave up: {frame.header.abort.reason}"
+        wrong = no_room = ""
+        match frame.header.WhichOneof("kind"):
+            case "abort":
+                reason = f"the sender gave up: {frame.header.abort.reason}"
+                self._fail(transfer, reason, HandoffFailure.SENDER)
+            case "open":
+                is_first = transfer.open is None
+                wrong = self._take_open(transfer, frame.header.open, now)
+                if is_first and not wrong:
+                    no_room = self._await_room(transfer)
+            case _:
+                try:
+                    wrong = self._take_kv(transfer, frame, now)
+                except OSError as error:
+                    no_room = f"there is no memory to share: {error}"
+        if wrong:
+            self._fail(transfer, wrong, HandoffFailure.WRONG)
+        elif no_room:
+            self._fail(transfer, no_room, HandoffFailure.NO_ROOM)
+
+    def _take_kv(self, transfer: Incoming, frame: Frame, now: float) -> str:
+        """Returns what is wrong, or an empty string."""
         if transfer.open is None:
             return "a frame arrived before the transfer was opened"
         if transfer.state is TransferState.WAITING:
             return "a frame arrived before there was room for the transfer"
         before_bytes = transfer.bytes
-        reason = transfer.take_kv(frame, now)
+        wrong = transfer.take_kv(frame, now)
         self._bytes += transfer.bytes - before_bytes
-        return reason
+        return wrong
 
     def _take_open(self, transfer: Incoming, opened: kv_pb2.OpenTransfer, now: float) -> str:
+        """As `_take_kv`."""
         if opened.to_incarnation != self.incarnation:
             return (
                 f"it is meant for incarnation {opened.to_incarnation}, this is {self.incarnation}"
             )
         is_first = transfer.open is None
-        if (wrong := transfer.take_open(opened)) or not is_first:
-            return wrong
-        transfer.opened_at_s = now
+        wrong = transfer.take_open(opened)
+        if is_first and not wrong:
+            transfer.opened_at_s = now
+        return wrong
+
+    def _await_room(self, transfer: Incoming) -> str:
+        """Returns why that is in vain, or an empty string."""
         whole_bytes = transfer.uncoded_bytes()
         if whole_bytes > self.max_bytes:
             return f"the inbox is too small: {whole_bytes} bytes asked, it holds {self.max_bytes}"
@@ -352,9 +377,9 @@ class Inbox:
             self._bytes += transfer.bytes
             self._notice(transfer)
 
-    def _fail(self, transfer: Incoming, reason: str) -> None:
+    def _fail(self, transfer: Incoming, reason: str, failure: HandoffFailure) -> None:
         self._bytes -= transfer.bytes
-        transfer.fail(reason, self._clock())
+        transfer.fail(reason, failure, self._clock())
         self._waiting.pop(transfer.transfer_id, None)
         self._failed[transfer.transfer_id] = None
         if len(self._failed) > OVER_MAX:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from cluster.handoff_failure import HandoffFailure
 from cluster.wire import kv_pb2
 from workers.kv.codecs import GroupCodec, group_codec
 from workers.kv.frames import Frame
@@ -68,6 +69,7 @@ class Settled:
     instead_of: str = ""
     codec: int | None = None
     """None: nothing came."""
+    failure: HandoffFailure | None = None
 
 
 class Whole(NamedTuple):
@@ -143,12 +145,13 @@ class Incoming:
             held_tokens=held,
         )
 
-    def fail(self, reason: str, now_s: float) -> None:
+    def fail(self, reason: str, failure: HandoffFailure, now_s: float) -> None:
         """Nothing of it is kept but why, and how far it came."""
-        self.failed = Settled(self.transfer_id, False, reason)
+        so_far = Settled(self.transfer_id, False, "")
         if self.open is not None:
             until_s = self.last_kv_at_s if self.state is TransferState.WHOLE else now_s
-            self.failed = replace(self._how_it_came(self.open, until_s), reason=reason)
+            so_far = self._how_it_came(self.open, until_s)
+        self.failed = replace(so_far, reason=reason, failure=failure)
         self.state, self.reason = TransferState.FAILED, reason
         self.open, self.bytes, self.frames = None, 0, {}
         if self.shared is not None:
@@ -225,7 +228,11 @@ class Incoming:
 
     def take_kv(self, frame: Frame, now_s: float) -> str:
         """Returns why the frame is wrong, or an empty string. `bytes` shrinks by what a codec has
-        spared."""
+        spared.
+
+        Raises:
+            OSError: there is no memory to share it.
+        """
         kv, geometry = frame.header.kv, self.geometry
         wrong = self._wrong_shape(kv) or self._wrong_payload(kv, len(frame.payload))
         if wrong:
@@ -238,10 +245,7 @@ class Incoming:
             return f"layer {kv.layer}, tokens from {kv.first_token} arrived twice"
         payload_bytes = len(frame.payload)
         if self.shared is not None:
-            try:
-                self.shared.append(frame)
-            except OSError as error:
-                return f"there is no memory to share: {error}"
+            self.shared.append(frame)
             frame = Frame(frame.header, memoryview(b""))
         present.append(frame)
         if self.first_kv_at_s is None:

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from cluster.fingerprints import why_not_joined
+from cluster.handoff_failure import HandoffFailure
 from cluster.wire import kv_pb2, kv_pb2_grpc, worker_pb2
 from workers.kv.frames import BadFrame, decode_frames
 from workers.kv.group import IncomingGroup, Transport
@@ -129,7 +130,7 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
                         return
             yield _result("" if state is TransferState.WHOLE else _ENDED_EARLY)
         except BadFrame as error:
-            self._inbox.fail(transfer_id, str(error))
+            self._inbox.fail(transfer_id, str(error), HandoffFailure.WRONG)
             yield _result(str(error))
         finally:
             # Also when the sender's process or connection is gone. Other parts may be on their way.
@@ -148,7 +149,7 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
                 return await answer.future
         except TimeoutError:
             reason = f"the inbox had no room for it within {self._credit_deadline_s:g} s"
-            self._inbox.fail(transfer_id, reason)
+            self._inbox.fail(transfer_id, reason, HandoffFailure.NO_ROOM)
             return reason
 
     def register(self, server: grpc.aio.Server) -> None:
