@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from cluster.config import BatonConfig
 from cluster.config_names import flag, leaves
+from cluster.scheduler.policies import policy_names
 
 POSITIONAL = ("vllm_args",)
 
@@ -46,6 +47,8 @@ def _option(path: tuple[str, ...], field: FieldInfo) -> Callable[[Any], Any]:
     name = flag(path)
     parameter = "__".join(path)
     help_text = field.description or ""
+    if path == ("policy",):
+        help_text += ": " + ", ".join(policy_names())
     if field.annotation is bool:
         return click.option(f"{name}/--no-{name[2:]}", parameter, default=None, help=help_text)
     if field.default is not None and not field.default_factory:
@@ -54,7 +57,8 @@ def _option(path: tuple[str, ...], field: FieldInfo) -> Callable[[Any], Any]:
     kind: Any = click.Choice(choices) if choices else str
     if field.annotation not in (str, int, float) and not choices and field.default_factory:
         kind = _Json()
-    return click.option(name, parameter, type=kind, default=None, help=help_text, metavar="VALUE")
+    metavar = None if choices else "VALUE"
+    return click.option(name, parameter, type=kind, default=None, help=help_text, metavar=metavar)
 
 
 class _Json(click.ParamType[Any]):

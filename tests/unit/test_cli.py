@@ -25,6 +25,7 @@ from cluster.membership import RouterRecord
 from cluster.processes import free_port
 from cluster.router_process import ROUTER_COMMAND, router_environment
 from cluster.run_file import RunFile, run_file_path, running
+from cluster.scheduler.policies import policy_names
 from router.settings import RouterSettings
 
 NAME = "test-cli"
@@ -104,6 +105,14 @@ def test_help_of_up_tells_defaults_and_the_other_ways() -> None:
     text = " ".join(CliRunner().invoke(cli, ["up", "--help"]).output.split())
     assert "port the router listens on [8000]" in text
     assert "BATON_HANDOFF__INBOX_BYTES" in text and "baton.yaml" in text
+
+
+def test_help_of_up_tells_what_there_is_to_choose_from() -> None:
+    text = " ".join(CliRunner().invoke(cli, ["up", "--help"]).output.split())
+    assert "--handoff-codec [none|fp8|int8] how" in text
+    assert "--handoff-overlap [auto|always|never] " in text
+    assert "--handoff-transport [auto|grpc|collective|nixl] how" in text
+    assert f"how requests are placed: {', '.join(policy_names())} [splitwise]" in text
 
 
 # --- wrong usage ----------------------------------------------------------------------------------
