@@ -22,7 +22,7 @@ def parse_vllm_args(vllm_args: Sequence[str]) -> argparse.Namespace:
     """Parse and validate `vllm serve` arguments.
 
     Raises:
-        BadVllmArguments: an unknown flag or a wrong value.
+        BadVllmArguments: an unknown flag, a wrong value, or one without a flag.
     """
     # Importing vLLM takes seconds; whoever only wants the exception should not wait for it.
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -34,8 +34,11 @@ def parse_vllm_args(vllm_args: Sequence[str]) -> argparse.Namespace:
 
     parser = make_arg_parser(Parser(prog="vllm serve"))
     namespace: argparse.Namespace = parser.parse_args(list(vllm_args))
-    if getattr(namespace, "model_tag", None):
-        namespace.model = namespace.model_tag
+    if namespace.model_tag:
+        # Whatever has no flag: a model there would be served with what is meant for another.
+        raise BadVllmArguments(
+            f"{namespace.model_tag}: this belongs to no flag; a model comes first, or with --model"
+        )
     try:
         validate_parsed_serve_args(namespace)
     except (TypeError, ValueError) as error:

@@ -13,7 +13,11 @@ from rich.console import Console
 
 from cluster.cli.options import config_options, flags_given
 from cluster.config import BatonConfig, load_config
+from cluster.config_names import did_you_mean, flag, leaves
 from cluster.supervisor import Progress, Supervisor
+
+HANDOFF_FLAGS = "--handoff-"
+"""vLLM has none that begin so."""
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -33,6 +37,7 @@ def config_given(arguments: tuple[str, ...], flags: dict[str, Any]) -> BatonConf
     """The configuration, with a model and flags of `vllm serve` that follow Baton's own flags."""
     given = flags_given(flags)
     rest = list(arguments)
+    _refuse_misspelt(rest)
     if rest and not rest[0].startswith("-"):
         model = rest.pop(0)
         if given.setdefault("model", model) != model:
@@ -41,6 +46,16 @@ def config_given(arguments: tuple[str, ...], flags: dict[str, Any]) -> BatonConf
     if rest:
         config = config.model_copy(update={"vllm_args": [*config.vllm_args, *rest]})
     return config
+
+
+def _refuse_misspelt(arguments: list[str]) -> None:
+    """vLLM's parser would refuse it, too, but in the router and the workers, without a hint."""
+    names = [flag(path) for path, _ in leaves(BatonConfig)]
+    for argument in arguments:
+        name = argument.split("=")[0].replace("_", "-")
+        if name.startswith(HANDOFF_FLAGS):
+            hint = did_you_mean(name, names)
+            raise click.UsageError(f"{argument.split('=')[0]}: unknown{hint}")
 
 
 async def _serve(config: BatonConfig) -> None:

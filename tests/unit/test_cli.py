@@ -212,6 +212,16 @@ def test_up_with_two_models(baton: Baton, nothing_starts: None) -> None:
     assert said.code == 2 and "two models: 'one', and 'two' with --model" in said.err
 
 
+@pytest.mark.parametrize("command", ["up", "router"])
+def test_a_misspelt_flag_of_the_hand_off(baton: Baton, nothing_starts: None, command: str) -> None:
+    """Otherwise it would be taken for vLLM's."""
+    for given in (["--handoff-transprot", "grpc"], ["--handoff_transprot=grpc"]):
+        said = baton(command, *given)
+        name = given[0].split("=")[0]
+        assert said.code == 2
+        assert f"{name}: unknown, did you mean --handoff-transport?" in said.err
+
+
 def test_up_on_a_port_in_use(baton: Baton, nothing_starts: None) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -54,3 +54,9 @@ def test_a_router_with_a_certificate_is_reached_by_https() -> None:
 def test_a_unix_socket_is_refused() -> None:
     with pytest.raises(BadVllmArguments, match="--uds"):
         router_args(settings_of("--uds", "/tmp/x.sock"))
+
+
+def test_a_model_behind_flags_is_refused() -> None:
+    """It would be served by the name and with the data type of the bundled one."""
+    with pytest.raises(BadVllmArguments, match=r"Qwen/Qwen3-0\.6B: .* a model comes first"):
+        router_args(settings_of("--max-model-len", "4096", "Qwen/Qwen3-0.6B"))
