@@ -46,14 +46,13 @@ from cluster.placement_request import (
     WorkerNeeds,
     WorkerPlacement,
 )
-from cluster.ray_calls import NAMESPACE, awaited
+from cluster.ray_calls import NAMESPACE, WORKER_ACTOR, awaited
 from cluster.ray_nodes import live_nodes
 from cluster.scheduler.view import Pool
 from cluster.tasks import ended
 
 logger = logging.getLogger(__name__)
 
-WORKER_ACTOR = "workers.actor:WorkerActor"
 RECONCILE_EVERY_S = 0.5
 PLACE_DEADLINE_S = 60.0
 ANSWER_DEADLINE_S = 3.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 NAMESPACE = "baton"
+WORKER_ACTOR = "workers.actor:WorkerActor"
 
 
 async def awaited(ref: Any) -> Any:

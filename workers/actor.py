@@ -41,12 +41,20 @@ class WorkerActor:
             settings = dataclasses.replace(settings, cpu_ids=cpu_ids)
         prepare_environment(settings.cpu_ids)
         configure_logs()
+        with contextlib.closing(Notice(self._on_notice)):
+            return await self._serve(settings)
+
+    async def _serve(self, settings: WorkerSettings) -> str:
         # Only now: this imports torch and vLLM, which read the environment.
         from workers.worker import Worker
 
-        self._worker = await Worker.start(settings)
-        notice = Notice(self._worker.on_notice)
         stopped = asyncio.create_task(self._stopped.wait())
+        started = asyncio.create_task(Worker.start(settings))
+        await asyncio.wait({stopped, started}, return_when=asyncio.FIRST_COMPLETED)
+        if not started.done():
+            # vLLM cannot be called off: who started this process kills it.
+            return STOPPED
+        self._worker = started.result()
         drained = asyncio.create_task(self._worker.drained())
         failed = self._worker.service.failed
         waits: set[asyncio.Future[Any]] = {stopped, drained, failed}
@@ -56,12 +64,16 @@ class WorkerActor:
             reason = DRAINED
         for waiting in (stopped, drained):
             waiting.cancel()
-        notice.close()
         await self._worker.stop()
         return reason
 
     async def stop(self) -> None:
         self._stopped.set()
+
+    def _on_notice(self) -> None:
+        # The second time, or with nothing to drain: at once.
+        if self._worker is None or not self._worker.on_notice():
+            self._stopped.set()
 
 
 class Notice:

@@ -12,6 +12,8 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
+from cluster import pod_end
+from cluster.config import BatonConfig
 from tests.chart.helm import RELEASES, Release, helm, helm_binary
 from tests.chart.rendering import (
     CHART,
@@ -318,6 +320,49 @@ def test_running_answers_end_before_the_pod_is_killed() -> None:
 
     assert timeout_s(300) > 250
     assert timeout_s(10) == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_workers_drain_before_ray_stops() -> None:
+    """`ray stop` leaves a worker a third of its grace period, and then kills it."""
+
+    def drain_s(*args: str) -> int:
+        cluster = find(load(template(RELEASES[0], *args)), "RayCluster")["spec"]
+        (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+        assert pre_stop_of(head) == "ray stop"
+        seconds = set()
+        for group in cluster["workerGroupSpecs"]:
+            pod = group["template"]["spec"]
+            command = pre_stop_of(pod["containers"][0])
+            told = re.fullmatch(rf"python -m {pod_end.__name__} (\d+); ray stop", command)
+            assert told, command
+            seconds.add((int(told[1]), pod["terminationGracePeriodSeconds"]))
+        ((drain_s, grace_s),) = seconds
+        # Three kinds of processes are killed, one after another.
+        needs_s = ray_grace_s() + 3 * 2
+        assert drain_s == 0 or drain_s + needs_s < grace_s
+        return drain_s
+
+    # What is left of a default drain and of a worker's end, whose engine alone has 10 s.
+    notice_s = BatonConfig.model_fields["preemption_notice_s"].default
+    assert drain_s() >= notice_s + 15
+    both = [f"{pool}.terminationGracePeriodSeconds=" for pool in ("prefill", "decode")]
+    assert drain_s("--set", ",".join(f"{each}600" for each in both)) > 500
+    assert drain_s("--set", ",".join(f"{each}10" for each in both)) == 0
+
+
+def pre_stop_of(container: Object) -> str:
+    *shell, command = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert shell == ["/bin/sh", "-c"]
+    subprocess.run(["sh", "-n", "-c", command], check=True)
+    return str(command)
+
+
+def ray_grace_s() -> float:
+    from ray.scripts.scripts import stop
+
+    (grace,) = (p for p in stop.params if "--grace-period" in p.opts)
+    return float(grace.default)
 
 
 def test_router_alone() -> None:

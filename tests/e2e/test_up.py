@@ -23,6 +23,7 @@ import pytest
 from cluster import run_file, vllm_names
 from cluster.config import BUNDLED_MODEL_NAME
 from cluster.membership import Membership, open_redis
+from cluster.pod_end import WORKER_TITLE, processes_titled
 from tests.processes import (
     Process,
     free_port,
@@ -333,6 +334,8 @@ async def told_to_end(running: Up, worker_id: str) -> list[str]:
     client = open_redis(run.redis_url)
     membership = Membership(client, running.name, run.lease_s)
     (first,) = [w for w in await membership.workers() if w.worker_id == worker_id]
+    # As the chart's preStop hook finds it.
+    assert first.pid in processes_titled(WORKER_TITLE)
     os.kill(first.pid, signal.SIGTERM)
     states: list[str] = []
     deadline = time.monotonic() + READY_WITHIN_S
