@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,24 @@ def test_dockerfile_copies_what_exists(path: Path) -> None:
     for source in sources:
         assert (ROOT / source).exists(), f"{source} is not in the repository"
         assert source.rstrip("/") in allowed, f".dockerignore keeps {source} from the builder"
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_image_has_every_transport(path: Path) -> None:
+    """`make setup-nixl` is for an environment: nobody can run it in an image."""
+    build = path.suffix.removeprefix(".")
+    files = [f"requirements-{build}.txt", "requirements-nixl.txt"]
+    steps = instructions(path)
+    (copied,) = (words for name, words in steps if name == "COPY" and files[0] in words)
+    assert copied == [*files, "/tmp/"]
+    installed = [
+        file
+        for name, words in steps
+        if name == "RUN" and words[:2] == ["pip", "install"]
+        for flag, file in pairwise(words)
+        if flag == "-r"
+    ]
+    assert installed == [f"/tmp/{file}" for file in files]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
