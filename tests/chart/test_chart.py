@@ -396,6 +396,25 @@ def test_config_restarts_the_router() -> None:
     assert environment_of(router_of(rendered("mixed")))["BATON_CONFIG"] == "/etc/baton/baton.yaml"
 
 
+def test_config_that_would_do_nothing_is_refused(release: Release) -> None:
+    """The environment and arguments come before the file."""
+    router = router_of(rendered("default"))
+    prefix = "BATON_"
+    given = {e.removeprefix(prefix).lower() for e in environment_of(router) if e.startswith(prefix)}
+    assert router["args"][0] == "up" and not router["args"][1].startswith("-")
+    given.add("model")
+    assert {"port", "redis_url"} < given < BatonConfig.model_fields.keys()
+    everything = ",".join(f"config.{name}=1" for name in BatonConfig.model_fields.keys() - given)
+    template(release, "--set", everything)
+    for name in given:
+        done = helm(
+            release, "template", "demo", str(CHART), "--api-versions", "ray.io/v1",
+            "--set", f"config.{name}=false",
+        )  # fmt: skip
+        assert done.returncode != 0, name
+        assert f"config.{name} has no effect, for the chart sets it: " in done.stderr
+
+
 def test_values_are_documented() -> None:
     lines = (CHART / "values.yaml").read_text().splitlines()
     readme = (CHART / "README.md").read_text()

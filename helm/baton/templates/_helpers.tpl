@@ -76,6 +76,26 @@ image, so it is not taken over by a component that names another. */ -}}
 {{- end -}}
 {{- end -}}
 
+{{- /* Settings that the chart gives in the environment or as an argument, which come before those in
+the file: there they would do nothing. */ -}}
+{{- define "baton.refuseConfigWithoutEffect" -}}
+{{- $instead := dict
+  "model" "set the value model"
+  "host" "the router listens on every address of its pod"
+  "port" "set the value router.port"
+  "prefill" "set the values prefill.replicas and prefill.workersPerReplica"
+  "decode" "set the values decode.replicas and decode.workersPerReplica"
+  "keep_workers" "workers always outlive a router here"
+  "ray_address" "set the values ray.enabled=false and ray.address"
+  "redis_url" "set the values redis.enabled=false and redis.externalUrl or redis.existingSecret"
+-}}
+{{- range $name, $_ := .Values.config -}}
+{{- with get $instead $name -}}
+{{- fail (printf "config.%s has no effect, for the chart sets it: %s" $name .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- /* Environment that tells Baton where Redis is. */ -}}
 {{- define "baton.redisEnv" -}}
 {{- $redis := .Values.redis -}}
