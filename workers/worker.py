@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import time
 import uuid
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import grpc.aio
 
 from cluster.membership import WorkerState
+from cluster.scheduler.handover import INBOX_LOAD_MAX, inbox_tokens_max
 from cluster.vllm_blocks import engine_probe
 from cluster.wire import GRPC_OPTIONS, worker_pb2, worker_pb2_grpc
 from workers.engine import EngineHost
@@ -131,6 +133,12 @@ class Worker:
         with names_while_starting() if ranks > 1 else contextlib.nullcontext():
             await loop.run_in_executor(None, engine.start)
 
+        warn_of_small_inbox(
+            settings.handoff.inbox_bytes,
+            endpoint.geometry.bytes_per_token,
+            engine.core.vllm_config.model_config.max_model_len,
+        )
+
         server = grpc.aio.server(options=GRPC_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         KvInboxService(
@@ -205,6 +213,19 @@ class Worker:
         if self.endpoint.ranks_sending is not None:
             self.endpoint.ranks_sending.close()
         withdraw(self.endpoint_name)
+
+
+def warn_of_small_inbox(inbox_bytes: int, kv_bytes_per_token: int, max_model_len: int) -> None:
+    tokens_max = inbox_tokens_max(inbox_bytes, kv_bytes_per_token)
+    if tokens_max >= max_model_len:
+        return
+    enough_bytes = math.ceil(max_model_len * kv_bytes_per_token / INBOX_LOAD_MAX)
+    logger.warning(
+        "prompts of more than %d tokens are not handed over to this worker, which computes them "
+        "itself: its inbox takes no larger ones. For all of max_model_len (%d tokens) set "
+        "handoff.inbox_bytes to %d or more",
+        *(tokens_max, max_model_len, enough_bytes),
+    )
 
 
 def _describe(

@@ -15,6 +15,11 @@ INBOX_LOAD_MAX = 0.9
 """Above this share of its inbox, a decode worker would have to refuse the KV and compute again."""
 
 
+def inbox_tokens_max(inbox_bytes: int, kv_bytes_per_token: int) -> int:
+    """The longest prompt that is handed over to a worker with this inbox."""
+    return int(inbox_bytes * INBOX_LOAD_MAX) // kv_bytes_per_token
+
+
 HandOver = Literal["always", "cheaper"]
 
 
@@ -35,8 +40,11 @@ class HandOverRule:
             if rest < tokens and rest <= max(self.local_prompt_tokens, decode.block_tokens):
                 return "prefix held"
         if decode.inbox_bytes_max:
-            bytes_held = decode.reported_inbox_bytes + tokens * decode.kv_bytes_per_token
-            if bytes_held > decode.inbox_bytes_max * INBOX_LOAD_MAX:
+            kv_bytes = tokens * decode.kv_bytes_per_token
+            room_bytes = decode.inbox_bytes_max * INBOX_LOAD_MAX
+            if kv_bytes > room_bytes:
+                return "larger than the inbox"
+            if decode.reported_inbox_bytes + kv_bytes > room_bytes:
                 return "inbox full"
         if self.when == "cheaper":
             return self._cheaper(ask, prefill, decode)

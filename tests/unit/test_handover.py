@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.scheduler.handover import HandOverRule
+from cluster.scheduler.handover import HandOverRule, inbox_tokens_max
 from cluster.scheduler.policies import BUILT_IN, PolicyOptions, make_policy
 from cluster.scheduler.policy import Ask
 from cluster.scheduler.rates import Rates
@@ -46,7 +46,18 @@ def test_a_full_inbox_gets_no_more(rule: HandOverRule) -> None:
     bound = {"inbox_bytes_max": 10_000_000, "decodes": 100}
     assert rule.stays(ASK, *pair(reported_inbox_bytes=7_900_000, **bound)) == ""
     assert rule.stays(ASK, *pair(reported_inbox_bytes=8_100_000, **bound)) == "inbox full"
-    assert rule.stays(replace(ASK, prompt_tokens=9100), *pair(**bound)) == "inbox full"
+    long = replace(ASK, prompt_tokens=9100)
+    assert rule.stays(long, *pair(**bound)) == "larger than the inbox"
+
+
+def test_a_prompt_that_even_an_empty_inbox_does_not_take_is_told_apart() -> None:
+    assert inbox_tokens_max(10_000_000, 1000) == 9000
+    empty = pair(inbox_bytes_max=10_000_000)
+    assert ALWAYS.stays(replace(ASK, prompt_tokens=9000), *empty) == ""
+    assert ALWAYS.stays(replace(ASK, prompt_tokens=9001), *empty) == "larger than the inbox"
+    used = pair(inbox_bytes_max=10_000_000, reported_inbox_bytes=1)
+    assert ALWAYS.stays(replace(ASK, prompt_tokens=9000), *used) == "inbox full"
+    assert ALWAYS.stays(replace(ASK, prompt_tokens=9001), *used) == "larger than the inbox"
 
 
 def test_cheaper_an_idle_decode_worker_computes_the_prompt_itself() -> None:
@@ -99,5 +110,5 @@ def test_every_policy_keeps_to_the_rule() -> None:
     view = ClusterView({w.key: w for w in (prefill, decode)})
     for name in BUILT_IN:
         placement = make_policy(name, PolicyOptions()).place(Ask("r", 100, 5), view)
-        assert placement is not None and placement.reason == "inbox full", name
+        assert placement is not None and placement.reason == "larger than the inbox", name
         assert placement.prefill == placement.decode == decode.key
