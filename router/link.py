@@ -88,6 +88,9 @@ class WorkerLink:
         except Exception as error:
             logger.exception("a message of %s cannot be handled", self.address)
             reason = f"{type(error).__name__}: {error}"
+        finally:
+            # gRPC's task would wait for the next message for good.
+            self._outgoing.close()
         if self._reader is not None:
             self._on_lost(reason)
 

@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, cast
 
+import grpc
+import grpc.aio
 import pytest
 
-from cluster.wire import worker_pb2
+from cluster.wire import worker_pb2, worker_pb2_grpc
 from router.link import WorkerLink
 
 FAILED = worker_pb2.FromEngine(failed=worker_pb2.EngineFailed(message="out of memory"))
@@ -52,3 +54,38 @@ async def test_a_failed_engine_is_lost_wherever_it_says_so(
 async def test_a_failure_without_a_word_is_one() -> None:
     silent = worker_pb2.FromEngine(failed=worker_pb2.EngineFailed())
     assert (await hear([silent]))[1] == "its engine failed: "
+
+
+class DyingWorker(worker_pb2_grpc.WorkerServicer):
+    """It takes one message, and is gone."""
+
+    async def Engine(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        await anext(requests)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+        yield
+
+
+def tasks_of_calls() -> list[str]:
+    """Of gRPC, on this loop, as a client."""
+    names = [task.get_coro().__qualname__ for task in asyncio.all_tasks()]  # type: ignore[union-attr]
+    return [name for name in names if name.startswith("_StreamRequestMixin")]
+
+
+async def test_nothing_goes_on_for_a_worker_that_is_lost() -> None:
+    """Nor does it wait for something to say to it."""
+    server = grpc.aio.server()
+    worker_pb2_grpc.add_WorkerServicer_to_server(DyingWorker(), server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    link = WorkerLink(f"127.0.0.1:{port}", lambda messages: None, lost.set_result)
+    link.start()
+    link.send(worker_pb2.ToEngine(tell_kv=worker_pb2.TellKv()))
+    try:
+        async with asyncio.timeout(30):
+            assert await lost == "UNAVAILABLE: Socket closed"
+            await link.close()
+            while tasks_of_calls():
+                await asyncio.sleep(0.01)
+    finally:
+        await server.stop(None)
