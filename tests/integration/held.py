@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import queue
 import socket
@@ -20,6 +21,7 @@ import httpx
 
 from cluster.wire import kv_pb2, worker_pb2, worker_pb2_grpc
 from tests.integration.gated_worker import GATES_FOLDER, THREADS
+from tests.integration.test_equal_to_plain_vllm import prompt_of
 from tests.processes import Cluster
 from workers.kv.peer import PUSH_METHOD
 from workers.kv.transfer import TRANSFER_KEY
@@ -141,11 +143,42 @@ def differences(held: Held, expected: Held) -> dict[str, str]:
     }
 
 
-def wait_until(what: str, condition: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + REACH_S
+def wait_until(what: str, condition: Callable[[], object], within_s: float = REACH_S) -> None:
+    deadline_s = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline_s, f"never: {what}"
         time.sleep(POLL_S)
+
+
+def at_rest(watch: Watch) -> Held:
+    """What the processes hold when they have worked, and nothing runs."""
+    seeds = itertools.count(95_000)
+
+    def met_all() -> bool:
+        prompt = prompt_of(450, next(seeds))
+        status = httpx.post(
+            f"{watch.cluster.url}/v1/completions",
+            json={"model": "m", "prompt": prompt, "max_tokens": 2, "ignore_eos": True},
+            headers={"X-Baton-Policy": "round_robin"},
+            timeout=REACH_S,
+        ).status_code
+        assert status == 200
+        return watch.worker("prefill-0")["peers"] == len(watch.decode_workers)
+
+    wait_until("the prefill worker has sent to all others", met_all)
+
+    def nothing_runs() -> bool:
+        held = watch.now()
+        of_workers = ("requests", "kv_blocks", "inbox_transfers", "sending_transfers")
+        busy = any(
+            held[worker][what] for worker in held if worker != "router" for what in of_workers
+        )
+        return not busy and not held["router"]["lives"]
+
+    wait_until("nothing runs", nothing_runs)
+    held = watch.now()
+    wait_until("it stays so", lambda: held == watch.now())
+    return held
 
 
 class Client:

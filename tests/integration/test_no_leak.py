@@ -27,7 +27,17 @@ from tests.integration.gated_worker import (
     RECORD,
     SENDING,
 )
-from tests.integration.held import Client, Held, OtherRouter, OtherSender, Watch, wait_until
+from tests.integration.held import (
+    FREE_S,
+    REACH_S,
+    Client,
+    Held,
+    OtherRouter,
+    OtherSender,
+    Watch,
+    at_rest,
+    wait_until,
+)
 from tests.integration.test_equal_to_plain_vllm import prompt_of
 from tests.processes import Cluster, metrics
 
@@ -44,32 +54,7 @@ def watch(gated: Cluster) -> Iterator[Watch]:
 
 @pytest.fixture(scope="module")
 def idle(watch: Watch) -> Held:
-    """What the processes hold when they have worked, and nothing runs."""
-
-    def met_all() -> bool:
-        status = httpx.post(
-            f"{watch.cluster.url}/v1/completions",
-            json=asking(LAYER_BY_LAYER, max_tokens=2),
-            headers={"X-Baton-Policy": "round_robin"},
-            timeout=60,
-        ).status_code
-        assert status == 200
-        return watch.worker("prefill-0")["peers"] == len(watch.decode_workers)
-
-    wait_until("the prefill worker has sent to all others", met_all)
-
-    def at_rest() -> bool:
-        held = watch.now()
-        of_workers = ("requests", "kv_blocks", "inbox_transfers", "sending_transfers")
-        busy = any(
-            held[worker][what] for worker in held if worker != "router" for what in of_workers
-        )
-        return not busy and not held["router"]["lives"]
-
-    wait_until("nothing runs", at_rest)
-    held = watch.now()
-    wait_until("it stays so", lambda: held == watch.now())
-    return held
+    return at_rest(watch)
 
 
 @pytest.fixture(params=["closes", "vanishes"])
@@ -136,7 +121,8 @@ def test_within_a_step_of_the_prefill(watch: Watch, idle: Held, stream: bool, to
         client.leave()
         wait_until("the worker is told", lambda: not watch.worker("prefill-0")["requests"])
         # Its engine will be when the step has ended, and until then its stream stays open.
-        wait_until("the other has dropped it", lambda: not watch.decode("inbox_transfers"))
+        dropped = "the other has dropped it"
+        wait_until(dropped, lambda: not watch.decode("inbox_transfers"), within_s=FREE_S)
     watch.settles_to(idle)
 
 
@@ -428,6 +414,44 @@ def test_a_transfer_comes_after_it_was_dropped(watch: Watch, idle: Held, over: R
         done_so_far(router)
         opened = opening("dropped", watch.describe(worker_id).incarnation, 8)
         assert pushed_again(watch, worker_id, "dropped", [opened]) == "the transfer is over"
+    watch.settles_to(idle)
+
+
+def test_a_transfer_is_dropped_that_its_sender_goes_on_with(
+    watch: Watch, idle: Held, over: Record
+) -> None:
+    """By the router's word alone: the sender's stream does not break."""
+    channel = watch.channel(over.decode_worker)
+    incarnation = watch.describe(over.decode_worker).incarnation
+    with OtherRouter(channel) as router, OtherSender(channel, "goes on") as sender:
+        sender.send(opening("goes on", incarnation, 8))
+        assert sender.heard().HasField("credit")
+        assert watch.worker(over.decode_worker)["inbox_bytes"]
+        router.send(dropping("goes on"))
+        done_so_far(router)
+        assert not watch.worker(over.decode_worker)["inbox_bytes"]
+    watch.settles_to(idle)
+
+
+def test_a_leg_waits_for_a_sender_that_is_lost(watch: Watch, idle: Held, over: Record) -> None:
+    """By the router's word alone: the sender's stream does not break."""
+    add = worker_pb2.AddRequest()
+    add.CopyFrom(over.decode)
+    add.receive.transfer_id = "half sent"
+    add.receive.worker_id, add.receive.incarnation = "prefill-9", "1"
+    add.receive.deadline_s = 2 * REACH_S
+    channel = watch.channel(over.decode_worker)
+    incarnation = watch.describe(over.decode_worker).incarnation
+    with OtherRouter(channel) as router, OtherSender(channel, "half sent") as sender:
+        sender.send(opening("half sent", incarnation, 8))
+        assert sender.heard().HasField("credit")
+        router.send(worker_pb2.ToEngine(add=add))
+        lost = worker_pb2.SenderLost(transfer_id="half sent")
+        router.send(worker_pb2.ToEngine(sender_lost=lost))
+        adopted = router.hears("adopted").adopted
+        assert (adopted.handed_over, adopted.reason) == (False, "its sender is lost")
+        assert not watch.worker(over.decode_worker)["inbox_bytes"]
+        wait_until("it ends", lambda: not watch.worker(over.decode_worker)["requests"])
     watch.settles_to(idle)
 
 

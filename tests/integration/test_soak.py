@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from tests.integration.conftest import MAX_MODEL_LEN
-from tests.integration.held import FREE_S, Watch
+from tests.integration.held import FREE_S, Held, Watch, at_rest, differences
 from tests.integration.test_equal_to_plain_vllm import ask, prompt_of
 from tests.processes import Cluster, metrics
 
@@ -27,15 +27,22 @@ FOLLOW_UPS = 12
 """Of the prompts, that go on where another one ends: its KV may be there already."""
 OUTPUT_TOKENS_MAX = 20
 GIVE_UP = 0.3
-"""Share of the requests that their client gives up."""
+"""Share of the requests that their client gives up: half of them at a random time, and a quarter
+each with the first token, as KV is handed over, and with a later one."""
 GIVE_UP_WITHIN_S = 0.5
 GIVEN_UP_TOKENS = 200
 """That such a request asks for: more than come in that time."""
+GIVEN_UP = ("before the first token", "with the first token", "while it decoded")
 KILL_EVERY = 200
 """Requests."""
 BACK_S = 60.0
 """For a worker to come back that a busy machine kept from renewing its lease."""
+ABORTED = 'baton_requests_total{path="aborted"}'
 POOL_OF = {"prefill-0": "prefill", "decode-1": "decode", "decode-2": "decode"}
+
+
+class GivenUpError(Exception):
+    """The client has as many tokens as it wanted to see."""
 
 
 @dataclass
@@ -68,17 +75,21 @@ class Soak:
         if self.random.random() < 0.5:
             # Nobody's prefix cache knows it.
             body["cache_salt"] = str(number)
-        give_up_s = None
+        give_up_s = give_up_tokens = None
         if self.random.random() < GIVE_UP:
-            give_up_s = self.random.uniform(0, GIVE_UP_WITHIN_S)
+            if self.random.random() < 0.5:
+                give_up_s = self.random.uniform(0, GIVE_UP_WITHIN_S)
+            else:
+                later = self.random.randint(2, OUTPUT_TOKENS_MAX)
+                give_up_tokens = self.random.choice([1, later])
             room = MAX_MODEL_LEN - len(body["prompt"])
             tokens = body["max_tokens"] = min(GIVEN_UP_TOKENS, room)
         said: list[int] = []
         try:
             async with asyncio.timeout(give_up_s):
-                problem = await self.stream(client, body, said)
-        except TimeoutError:
-            self.ended["given up"] += 1
+                problem = await self.stream(client, body, said, give_up_tokens)
+        except (TimeoutError, GivenUpError):
+            self.ended[GIVEN_UP[min(len(said), 2)]] += 1
             problem = ""
         else:
             self.ended["answered"] += 1
@@ -90,7 +101,13 @@ class Soak:
         if problem:
             self.wrong.append(f"request {number}, prompt {which}: {problem}")
 
-    async def stream(self, client: httpx.AsyncClient, body: dict[str, Any], said: list[int]) -> str:
+    async def stream(
+        self,
+        client: httpx.AsyncClient,
+        body: dict[str, Any],
+        said: list[int],
+        give_up_tokens: int | None,
+    ) -> str:
         """Returns what went wrong."""
         url = f"{self.cluster.url}/v1/completions"
         async with client.stream("POST", url, json=body) as response:
@@ -103,6 +120,8 @@ class Soak:
                         return str(event["error"])
                     for choice in event["choices"]:
                         said += choice["token_ids"] or []
+                    if give_up_tokens is not None and len(said) >= give_up_tokens:
+                        raise GivenUpError
         return ""
 
     async def kill_one(self) -> None:
@@ -166,15 +185,21 @@ def test_nothing_is_held_and_nothing_wrong_after_a_thousand_requests(
         ]
         for body in bodies
     ]
+    with Watch(gated) as watch:
+        before = at_rest(watch)
+    told_before = metrics(gated.url)
     soak = Soak(gated, bodies, expected)
     asyncio.run(soak.run())
     assert not soak.wrong, "\n".join(soak.wrong[:20])
-    assert soak.ended["answered"] + soak.ended["given up"] == REQUESTS
-    assert soak.ended["given up"] > REQUESTS * GIVE_UP / 4
+    given_up = {when: soak.ended[when] for when in GIVEN_UP}
+    assert soak.ended["answered"] + sum(given_up.values()) == REQUESTS
+    assert min(given_up.values()) > REQUESTS * GIVE_UP / 30, given_up
     assert soak.ended["killed"] == REQUESTS // KILL_EVERY
     told = metrics(gated.url)
-    assert told["baton_handoffs_completed_total"] > REQUESTS / 4
-    assert told["baton_handoff_held_tokens_total"] > 0
+    grew = {name: told[name] - told_before[name] for name in told_before}
+    assert grew["baton_handoffs_completed_total"] > REQUESTS / 4
+    assert grew["baton_handoff_held_tokens_total"] > 0
+    assert grew[ABORTED] > REQUESTS * GIVE_UP / 2
 
     until_s = time.monotonic() + BACK_S
     while set(asyncio.run(workers_in_reach(gated)).values()) != soak.incarnations():
@@ -182,17 +207,22 @@ def test_nothing_is_held_and_nothing_wrong_after_a_thousand_requests(
         time.sleep(0.2)
     until_s = time.monotonic() + FREE_S
     with Watch(gated) as watch:
-        while held := something_held(watch):
+        print(
+            "BEFORE",
+            before,
+            "NOW",
+            watch.now(),
+            soak.ended,
+            {k: v for k, v in grew.items() if v and "bucket" not in k and "baton_" in k},
+        )
+        while held := differences(without_peers(watch.now()), without_peers(before)):
             assert time.monotonic() < until_s, f"still held: {held}"
             time.sleep(0.2)
 
 
-def something_held(watch: Watch) -> dict[str, dict[str, int]]:
-    """But for connections, and what serves them."""
-    held = {
-        process: {
-            w: n for w, n in what.items() if n and w not in ("peers", "tasks", "grpc threads")
-        }
-        for process, what in watch.now().items()
+def without_peers(held: Held) -> Held:
+    """Connections are as many as workers that were sent to."""
+    return {
+        process: {what: count for what, count in counts.items() if what != "peers"}
+        for process, counts in held.items()
     }
-    return {process: what for process, what in held.items() if what}
