@@ -241,9 +241,10 @@ def running_faults(
         folder,
         vllm_args,
         environment={STAGE_FOLDER: str(stages)},
-        # So that layers go while others are computed; and so that what nobody comes for is not held
-        # for longer than the tests wait.
-        handoff={"overlap": "always", "idle_s": 3.0, "transport": transport},
+        # So that layers go while others are computed.
+        handoff={"overlap": "always", "transport": transport},
+        # It is the router or a broken stream that tells a decode worker not to wait.
+        router_settings={"adopt_deadline_s": 2 * STREAM_DEADLINE_S},
         spawn=nursery.spawn,
     )
     faults = Faults(cluster, stages, redis, end, why_no_end)
