@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from workers.kv.connector import RECEIVE, SEND, connector_of_this_process
 from workers.kv.endpoint import KvEndpoint
 from workers.kv.frames import digest_tokens
 from workers.kv.incoming import Settled
-from workers.kv_events import KvEventCollector
+from workers.kv_events import KvEventCollector, report_once
 from workers.vllm_held import HeldPrefixes
 from workers.vllm_resume import resume_after
 
@@ -131,13 +131,18 @@ class EngineHost:
 
     def add(self, client: int, message: worker_pb2.AddRequest) -> None:
         try:
-            request: EngineCoreRequest = self._decoder.decode(list(message.request))
+            request = self._read(message.request)
         except Exception:
             logger.exception("request %s cannot be read", message.leg_id)
             self._commands.put(lambda: self._finish(client, message.leg_id, FinishReason.ERROR))
             return
         request.client_index = client
         self._commands.put(lambda: self._add(client, request, message))
+
+    def _read(self, encoded: Iterable[bytes]) -> EngineCoreRequest:
+        request: EngineCoreRequest = self._decoder.decode(list(encoded))
+        report_once(request.sampling_params)
+        return request
 
     def abort(self, request_ids: list[str]) -> None:
         self._commands.put(lambda: self._abort(request_ids))
@@ -154,7 +159,7 @@ class EngineHost:
     def hold(self, message: worker_pb2.HoldPrefix) -> None:
         """Keep what the prefix cache has of a prompt whose KV is about to come."""
         try:
-            prompt: EngineCoreRequest = self._decoder.decode(list(message.request))
+            prompt = self._read(message.request)
         except Exception:
             logger.exception("the prompt of transfer %s cannot be read", message.transfer_id)
             return

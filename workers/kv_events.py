@@ -17,10 +17,14 @@ from vllm.distributed.kv_events import (
     BlockStored,
     KVEventBatch,
 )
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 
 from cluster.vllm_blocks import short_hash
 from cluster.wire import worker_pb2
+
+REPORT_MODE = "kv_cache_report_mode"
+"""Key of SamplingParams.extra_args, of vLLM's own."""
 
 
 def events_config(configured: KVEventsConfig | None) -> KVEventsConfig:
@@ -28,6 +32,13 @@ def events_config(configured: KVEventsConfig | None) -> KVEventsConfig:
     if configured is not None and configured.enable_kv_cache_events:
         return configured
     return KVEventsConfig(enable_kv_cache_events=True, publisher="null")
+
+
+def report_once(params: SamplingParams | None) -> None:
+    """Let vLLM tell of a block when it is stored, and not again for a client that asks for it by
+    `vllm_xargs`: what is told twice counts as two copies, of which one would never be removed."""
+    if params is not None and params.extra_args:
+        params.extra_args.pop(REPORT_MODE, None)
 
 
 class KvEventCollector:
