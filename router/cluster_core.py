@@ -274,7 +274,7 @@ class ClusterCore(EveryWorker):
                 drop = worker_pb2.DropTransfer(transfer_id=action.transfer_id)
                 self._send(action.worker, worker_pb2.ToEngine(drop=drop))
             case StopAwaiting():
-                lost = worker_pb2.SenderLost(transfer_id=action.transfer_id)
+                lost = worker_pb2.SenderLost(transfer_id=action.transfer_id, reason=action.reason)
                 self._send(action.worker, worker_pb2.ToEngine(sender_lost=lost))
             case FailRequest():
                 self._fail(action)
@@ -397,6 +397,11 @@ class ClusterCore(EveryWorker):
                     actions = self.scheduler.on_moved_out(moved.leg_id, moved.moved, self._clock())
                     self._count_moved(actions)
                     self._carry_out(actions)
+                case "undelivered":
+                    lacking = message.undelivered
+                    self._carry_out(
+                        self.scheduler.on_undelivered(lacking.transfer_id, lacking.reason)
+                    )
                 case "utility":
                     self.on_reply(worker, message.utility)
                 case "kv_events":

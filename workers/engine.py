@@ -151,10 +151,10 @@ class EngineHost:
         self._endpoint.inbox.drop(transfer_id, "the router gave it up")
         self._commands.put(lambda: self.held.release(transfer_id))
 
-    def sender_lost(self, transfer_id: str) -> None:
+    def sender_lost(self, transfer_id: str, reason: str) -> None:
         """Do not wait for what has not come of it."""
         # After the decode leg that claims it.
-        self._commands.put(lambda: self._endpoint.inbox.fail(transfer_id, "its sender is lost"))
+        self._commands.put(lambda: self._endpoint.inbox.fail(transfer_id, reason))
 
     def hold(self, message: worker_pb2.HoldPrefix) -> None:
         """Keep what the prefix cache has of a prompt whose KV is about to come."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from cluster.arrivals import Arrivals, MessageLost
 from cluster.outgoing import WAITING_MAX, Outgoing
 from cluster.wire import worker_pb2, worker_pb2_grpc
 from workers.engine import encode_result
+from workers.kv.transfer import Sent
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class Engine(Protocol):
 
     def drop_transfer(self, transfer_id: str) -> None: ...
 
-    def sender_lost(self, transfer_id: str) -> None: ...
+    def sender_lost(self, transfer_id: str, reason: str) -> None: ...
 
     def move_out(self, client: int, move: worker_pb2.MoveOut) -> None: ...
 
@@ -155,7 +157,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 link.holds.discard(message.drop.transfer_id)
                 self.engine.drop_transfer(message.drop.transfer_id)
             case "sender_lost":
-                self.engine.sender_lost(message.sender_lost.transfer_id)
+                lost = message.sender_lost
+                self.engine.sender_lost(lost.transfer_id, lost.reason)
             case "hold":
                 link.holds.add(message.hold.transfer_id)
                 self.engine.hold(message.hold)
@@ -204,6 +207,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def on_moved(self, client: int, moved: worker_pb2.MovedOut) -> None:
         self._loop.call_soon_threadsafe(self._send_moved, client, moved)
+
+    def on_sent(self, sent: Sent) -> None:
+        """Called on the transfer's thread. Its receiver may not have heard of the transfer, and
+        would wait for it."""
+        if sent.delivered:
+            return
+        logger.warning("transfer %s was not delivered: %s", sent.transfer_id, sent.reason)
+        message = worker_pb2.FromEngine(
+            undelivered=worker_pb2.Undelivered(transfer_id=sent.transfer_id, reason=sent.reason)
+        )
+        with contextlib.suppress(RuntimeError):  # the loop is closed: so are the streams
+            self._loop.call_soon_threadsafe(self._send_to_all, message)
 
     def on_failed(self, message: str) -> None:
         self._loop.call_soon_threadsafe(self._fail, message)
@@ -285,10 +300,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             logger.error("a router is %d messages behind: closing its stream", WAITING_MAX)
             link.outgoing.close()
 
-    def _fail(self, message: str) -> None:
+    def _send_to_all(self, message: worker_pb2.FromEngine) -> None:
         for client in list(self._links):
-            failed = worker_pb2.EngineFailed(message=message)
-            self._send(client, worker_pb2.FromEngine(failed=failed))
+            self._send(client, message)
+
+    def _fail(self, message: str) -> None:
+        failed = worker_pb2.EngineFailed(message=message)
+        self._send_to_all(worker_pb2.FromEngine(failed=failed))
         if not self.failed.done():
             self.failed.set_result(message)
 

@@ -68,7 +68,7 @@ class StubHost:
     def abort(self, request_ids: list[str]) -> None:
         self._engine.abort(request_ids)
 
-    def sender_lost(self, transfer_id: str) -> None:
+    def sender_lost(self, transfer_id: str, reason: str) -> None:
         """It has come already."""
 
     def drop_transfer(self, transfer_id: str) -> None:

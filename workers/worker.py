@@ -27,10 +27,11 @@ from workers.kv.endpoint import KvEndpoint, publish, withdraw
 from workers.kv.group import Transport
 from workers.kv.inbox import Inbox
 from workers.kv.ranks import RANKS_KEY, RankSettings
-from workers.kv.sender import Identity, Sender, log_undelivered
+from workers.kv.sender import Identity, Sender
 from workers.kv.sending import RanksSending
 from workers.kv.service import KvInboxService
 from workers.kv.transports import make_transports
+from workers.kv.undelivered import RanksUndelivered
 from workers.memory import keep_freed_memory
 from workers.registration import Registration
 from workers.server import WorkerService, add_standard_services
@@ -87,6 +88,7 @@ class Worker:
             settings.host,
             f"{identity.worker_id}/{identity.incarnation}",
         )
+        service = WorkerService(loop)
         endpoint = KvEndpoint(
             Inbox(
                 geometry(config),
@@ -101,7 +103,7 @@ class Worker:
                 identity,
                 settings.handoff.staged_bytes,
                 settings.handoff.transfer_deadline_s,
-                log_undelivered,
+                service.on_sent,
                 transports,
                 settings.handoff.transport,
             ),
@@ -113,6 +115,7 @@ class Worker:
         if ranks > 1:
             bind_ranks(ranks, settings.cpu_ids)
             endpoint.ranks_sending = RanksSending(ranks)
+            undelivered = endpoint.ranks_undelivered = RanksUndelivered(service.on_sent)
             extra = config.kv_transfer_config.kv_connector_extra_config
             extra[RANKS_KEY] = RankSettings(
                 os.getpid(),
@@ -127,8 +130,8 @@ class Worker:
                 settings.host,
                 settings.handoff.transport,
                 endpoint.ranks_sending.path,
+                undelivered.path,
             )
-        service = WorkerService(loop)
         engine = EngineHost(config, endpoint, service)
         with names_while_starting() if ranks > 1 else contextlib.nullcontext():
             await loop.run_in_executor(None, engine.start)
@@ -212,6 +215,8 @@ class Worker:
             transport.close()
         if self.endpoint.ranks_sending is not None:
             self.endpoint.ranks_sending.close()
+        if self.endpoint.ranks_undelivered is not None:
+            self.endpoint.ranks_undelivered.close()
         withdraw(self.endpoint_name)
 
 

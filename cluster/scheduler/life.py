@@ -116,11 +116,13 @@ class DropTransfer:
 
 @dataclass(frozen=True, slots=True)
 class StopAwaiting:
-    """Who sends a transfer is lost: what has not come of it is recomputed. The connection from
-    there may take longer to break, if it is a machine that is gone."""
+    """Who sends a transfer is lost, or cannot send it: what has not come of it is recomputed. The
+    connection from there may take longer to break, if it is a machine that is gone; or there is
+    none, and the receiver has never heard of the transfer."""
 
     worker: WorkerKey
     transfer_id: str
+    reason: str = "its sender is lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,11 @@ Action = (
 )
 
 
+def request_of(transfer_id: str) -> str:
+    """The id of the request that a life has given this transfer to."""
+    return transfer_id.rsplit(".", 2)[0]
+
+
 # --- state ----------------------------------------------------------------------------------------
 
 
@@ -175,6 +182,8 @@ class Life:
     leg: Leg | None = None
     last_leg_id: str = ""
     transfer_id: str = ""
+    undelivered: str = ""
+    """Why the transfer was not delivered, if its sender has said so before the decode leg."""
     tokens: list[int] = field(default_factory=list)
     """Output tokens the client has."""
     attempts: int = 0
@@ -223,7 +232,7 @@ class Life:
             self.path = Path.RECOMPUTED if resume else Path.KEPT_LOCAL
             return StartLocal(self.ask.request_id, leg_id, placement.prefill, resume)
         self.path = Path.HANDED_OVER
-        self.transfer_id = leg_id
+        self._open_transfer(leg_id)
         return StartPrefill(
             self.ask.request_id,
             leg_id,
@@ -252,7 +261,7 @@ class Life:
             and context_tokens < model_len_tokens
         )
         if hands_over:
-            return [Deliver(self.ask.request_id, None), self._start_decode()]
+            return [Deliver(self.ask.request_id, None), *self._start_decode()]
         actions: list[Action] = [Deliver(self.ask.request_id, finish)]
         actions.extend(self._release_transfer())
         self._end()
@@ -264,14 +273,14 @@ class Life:
     def move_out(self, receiver: WorkerKey, id_suffix: str) -> MoveOut:
         """Its worker will be gone before it ends: let its KV go to another one."""
         assert self.leg is not None and self.phase is Phase.DECODING
-        self.transfer_id = f"{self.ask.request_id}.{self.attempts}m.{id_suffix}"
+        self._open_transfer(f"{self.ask.request_id}.{self.attempts}m.{id_suffix}")
         self.placement = Placement(self.leg.worker, receiver, "moved")
         self.phase = Phase.MOVING
         return MoveOut(
             self.ask.request_id, self.leg.leg_id, self.leg.worker, receiver, self.transfer_id
         )
 
-    def on_moved_out(self) -> StartDecode:
+    def on_moved_out(self) -> list[Action]:
         """Its leg has stopped, and its KV is on the way."""
         assert self.phase is Phase.MOVING
         return self._start_decode()
@@ -319,12 +328,30 @@ class Life:
             return [StopAwaiting(placement.decode, self.transfer_id)]
         return []
 
-    def _start_decode(self) -> StartDecode:
+    def on_undelivered(self, transfer_id: str, reason: str) -> list[Action]:
+        """A sender could not deliver what it was to send."""
+        if transfer_id != self.transfer_id:
+            return []
+        if self.phase in (Phase.PREFILLING, Phase.MOVING):
+            self.undelivered = reason
+        elif self.phase is Phase.HANDING_OVER:
+            return [self._stop_awaiting(reason)]
+        return []
+
+    def _open_transfer(self, transfer_id: str) -> None:
+        self.transfer_id, self.undelivered = transfer_id, ""
+
+    def _stop_awaiting(self, reason: str) -> StopAwaiting:
+        assert self.placement is not None
+        why = f"its sender could not deliver it: {reason}"
+        return StopAwaiting(self.placement.decode, self.transfer_id, why)
+
+    def _start_decode(self) -> list[Action]:
         assert self.placement is not None
         leg_id = f"{self.transfer_id}.d"
         self._begin(Leg(leg_id, self.placement.decode, prefills_only=False))
         self.phase = Phase.HANDING_OVER
-        return StartDecode(
+        start = StartDecode(
             self.ask.request_id,
             leg_id,
             self.placement.decode,
@@ -332,6 +359,8 @@ class Life:
             self.transfer_id,
             tuple(self.tokens),
         )
+        # A worker knows only of a leg that it has what not to wait for.
+        return [start, self._stop_awaiting(self.undelivered)] if self.undelivered else [start]
 
     def _release_transfer(self) -> list[Action]:
         """The decode worker frees a transfer by itself once the decode leg has come to it."""

@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 
 from cluster.scheduler.admission import Miss, meeting
-from cluster.scheduler.life import Action, CancelLeg, DropTransfer, Failure, Finish, Life, Phase
+from cluster.scheduler.life import (
+    Action,
+    CancelLeg,
+    DropTransfer,
+    Failure,
+    Finish,
+    Life,
+    Phase,
+    request_of,
+)
 from cluster.scheduler.moving import MoveCosts, leaving
 from cluster.scheduler.policies.scored import OUTPUT_TOKENS
 from cluster.scheduler.policy import Ask, Placement, PlacementPolicy
@@ -223,13 +232,19 @@ class Scheduler:
         assert life.placement is not None
         if moved and life.placement.decode in self.view.workers:
             del self._by_leg[leg_id]
-            started = life.on_moved_out()
-            self._by_leg[started.leg_id] = life
-            return [started]
+            actions = life.on_moved_out()
+            assert life.leg is not None
+            self._by_leg[life.leg.leg_id] = life
+            return actions
         self._now_s = now_s
         actions = self._move(life)
         # Nobody has to be told to stop what has stopped.
         return [a for a in actions if not isinstance(a, CancelLeg)] if moved else actions
+
+    def on_undelivered(self, transfer_id: str, reason: str) -> list[Action]:
+        """A worker could not deliver a transfer: of a request that may be another router's."""
+        life = self.lives.get(request_of(transfer_id))
+        return [] if life is None else life.on_undelivered(transfer_id, reason)
 
     def on_load(
         self, key: WorkerKey, running: int, waiting: int, kv_usage: float, inbox_bytes: int = 0

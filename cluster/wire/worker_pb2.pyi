@@ -181,10 +181,12 @@ class DropTransfer(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ...) -> None: ...
 
 class SenderLost(_message.Message):
-    __slots__ = ("transfer_id",)
+    __slots__ = ("transfer_id", "reason")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
-    def __init__(self, transfer_id: _Optional[str] = ...) -> None: ...
+    reason: str
+    def __init__(self, transfer_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class BatchesTaken(_message.Message):
     __slots__ = ("gather", "number")
@@ -233,20 +235,22 @@ class FromEngineBatch(_message.Message):
     def __init__(self, number: _Optional[int] = ..., messages: _Optional[_Iterable[_Union[FromEngine, _Mapping]]] = ...) -> None: ...
 
 class FromEngine(_message.Message):
-    __slots__ = ("outputs", "utility", "adopted", "failed", "kv_events", "moved")
+    __slots__ = ("outputs", "utility", "adopted", "failed", "kv_events", "moved", "undelivered")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     UTILITY_FIELD_NUMBER: _ClassVar[int]
     ADOPTED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
+    UNDELIVERED_FIELD_NUMBER: _ClassVar[int]
     outputs: StepOutputs
     utility: UtilityReply
     adopted: Adopted
     failed: EngineFailed
     kv_events: KvEvents
     moved: MovedOut
-    def __init__(self, outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., utility: _Optional[_Union[UtilityReply, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., moved: _Optional[_Union[MovedOut, _Mapping]] = ...) -> None: ...
+    undelivered: Undelivered
+    def __init__(self, outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., utility: _Optional[_Union[UtilityReply, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., moved: _Optional[_Union[MovedOut, _Mapping]] = ..., undelivered: _Optional[_Union[Undelivered, _Mapping]] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
     __slots__ = ("outputs", "load", "kv_events")
@@ -313,6 +317,14 @@ class Adopted(_message.Message):
     instead_of: str
     layers: int
     def __init__(self, request_id: _Optional[str] = ..., handed_over: _Optional[bool] = ..., reason: _Optional[str] = ..., failure: _Optional[str] = ..., bytes: _Optional[int] = ..., tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., held_tokens: _Optional[int] = ..., credit_wait_s: _Optional[float] = ..., first_layer_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., transport: _Optional[str] = ..., codec: _Optional[str] = ..., instead_of: _Optional[str] = ..., layers: _Optional[int] = ...) -> None: ...
+
+class Undelivered(_message.Message):
+    __slots__ = ("transfer_id", "reason")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    reason: str
+    def __init__(self, transfer_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class MovedOut(_message.Message):
     __slots__ = ("leg_id", "moved", "reason")

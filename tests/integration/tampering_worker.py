@@ -22,6 +22,12 @@ def spoilt(payload: memoryview) -> memoryview:
     return memoryview(bytes(changed))
 
 
+def sent_to(send: worker_pb2.SendKv, address: str = "", incarnation: str = "") -> worker_pb2.SendKv:
+    other = worker_pb2.SendKv.FromString(send.SerializeToString())
+    other.MergeFrom(worker_pb2.SendKv(address=address, incarnation=incarnation))
+    return other
+
+
 class TamperingTransfer(sender.Transfer):
     def push_copy(self, header: kv_pb2.FrameHeader, parts: Sequence[memoryview]) -> None:
         self.push(header, memoryview(b"".join(parts)))
@@ -51,6 +57,11 @@ class TamperingTransfer(sender.Transfer):
                 opened.to_incarnation = "an older one"
             case "stale sender":
                 opened.from_incarnation = "an older one"
+            case "no way":
+                # Where nobody listens: routers reach the worker, and other workers do not.
+                self._send = sent_to(self._send, address="127.0.0.1:9")
+            case "no pair":
+                self._send = sent_to(self._send, incarnation="an older one")
         super().start(opened)
 
 

@@ -80,12 +80,15 @@ FAULTS = {
     "other prompt": "the KV is of another prompt",
     "stale receiver": "it is meant for incarnation an older one",
     "stale sender": "it comes from prefill-0/an older one",
+    # Of these two the receiver would never hear.
+    "no way": "its sender could not deliver it: 127.0.0.1:9: UNAVAILABLE",
+    "no pair": "its sender could not deliver it: asked for decode-1/an older one",
 }
 
 
 # A stale sender's is refused when it opens, or when the decode leg says who was meant.
-OPENED_BY = {"stale receiver": [""], "stale sender": ["", "grpc"]}
-REASONS = {"missing": HandoffFailure.SENDER}
+OPENED_BY = {"stale receiver": [""], "stale sender": ["", "grpc"], "no way": [""], "no pair": [""]}
+REASONS = dict.fromkeys(["missing", "no way", "no pair"], HandoffFailure.SENDER)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

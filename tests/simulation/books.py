@@ -90,6 +90,8 @@ class Books:
         self._models: dict[WorkerKey, str] = {}
         """Of the workers that the router is connected to."""
         self._draining: set[WorkerKey] = set()
+        self.undelivered: set[str] = set()
+        """Transfers of which their senders have said so."""
 
     def check_action(self, action: Action, now_s: float) -> None:
         match action:
@@ -242,7 +244,9 @@ class Books:
         for client in self.clients.values():
             placed = client.placed
             if placed is not None and placed.leg_id == f"{action.transfer_id}.d":
-                if placed.decode != action.worker or placed.prefill in self._models:
+                failed = action.transfer_id in self.undelivered
+                lost = placed.prefill not in self._models
+                if placed.decode != action.worker or not (failed or lost):
                     raise Violation(f"{action.transfer_id} is not awaited, but its sender is there")
                 return
         raise Violation(f"{action.transfer_id} is not awaited any more, and nobody did")

@@ -42,6 +42,8 @@ class Faults:
     """Of all schedules: inboxes have room for little."""
     failed_transfers: float = 0.05
     """The sender gives up."""
+    undelivered_transfers: float = 0.05
+    """The sender does not get at the receiver, which never hears of it."""
 
     def drawn(self, rng: random.Random) -> Faults:
         """Some of them, at other rates: where few kinds meet, each goes further."""

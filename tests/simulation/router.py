@@ -29,7 +29,7 @@ from tests.simulation.network import Stream
 from tests.simulation.redis import LEASE_S
 from tests.simulation.requests import Spec
 from tests.simulation.timeline import Node
-from tests.simulation.worker import REDIS_DEADLINE_S, Adopted, MovedOut, Output
+from tests.simulation.worker import REDIS_DEADLINE_S, Adopted, MovedOut, Output, Undelivered
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -229,6 +229,10 @@ class SimRouter(Node):
                     self.books.on_moved_out(message.leg_id, message.moved)
                 now_s = self.timeline.now_s
                 self._carry_out(self.scheduler.on_moved_out(message.leg_id, message.moved, now_s))
+            case Undelivered():
+                self.timeline.note("undelivered", message.transfer_id)
+                self.books.undelivered.add(message.transfer_id)
+                self._carry_out(self.scheduler.on_undelivered(message.transfer_id, "no way"))
             case Adopted():
                 life = self.scheduler.on_adopted(message.leg_id, message.whole, message.exposed_s)
                 known = life is not None

@@ -231,7 +231,7 @@ def resumes_without_the_last_token(patch: pytest.MonkeyPatch) -> None:
 def decodes_without_the_first_token(patch: pytest.MonkeyPatch) -> None:
     start_decode = Life._start_decode
 
-    def broken(self: Life) -> Action:
+    def broken(self: Life) -> list[Action]:
         tokens, self.tokens = self.tokens, []
         try:
             return start_decode(self)
@@ -277,6 +277,13 @@ def takes_any_loss_for_its_sender_s(patch: pytest.MonkeyPatch) -> None:
         return [StopAwaiting(self.placement.decode, self.transfer_id)]
 
     patch.setattr(Life, "on_sender_lost", broken)
+
+
+def stops_to_await_what_is_not_awaited_yet(patch: pytest.MonkeyPatch) -> None:
+    def broken(self: Life, transfer_id: str, reason: str) -> list[Action]:
+        return [self._stop_awaiting(reason)] if transfer_id == self.transfer_id else []
+
+    patch.setattr(Life, "on_undelivered", broken)
 
 
 def takes_an_early_stop_for_the_hand_over(patch: pytest.MonkeyPatch) -> None:
@@ -341,6 +348,7 @@ LIVES: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (always_drops, "is not open"),
     (needs_the_prefill_worker_only, "was not dropped|which is gone|is not open"),
     (takes_any_loss_for_its_sender_s, "its sender is there"),
+    (stops_to_await_what_is_not_awaited_yet, "and nobody did"),
     (takes_an_early_stop_for_the_hand_over, r"with \d+ tokens|wrong token|no progress"),
     (takes_the_hand_over_for_the_end, "finished: length with 1 tokens"),
 ]

@@ -30,7 +30,7 @@ HAPPENINGS = (
     *(f"cut {ends}" for ends in ("router-worker", "worker-worker", "redis-worker", "redis-router")),
     *("message lost", "message repeated", "message overtaken", "gap", "ignored twin"),
     *("KV lost", "KV repeated", "KV overtaken", "late output", "adopted", "recomputed", "swept"),
-    *("MoveOut", "moved"),
+    *("MoveOut", "moved", "undelivered"),
     *("StartPrefill", "StartDecode", "StartLocal", "CancelLeg", "DropTransfer", "FailRequest"),
     "StopAwaiting",
     *(f"{what} {phase}" for what in ("output", "lost while", "moved while") for phase in NEEDING),

@@ -61,6 +61,11 @@ class Adopted:
 
 
 @dataclass(frozen=True, slots=True)
+class Undelivered:
+    transfer_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class MovedOut:
     leg_id: str
     moved: bool
@@ -143,7 +148,7 @@ class SimWorker(Node):
             case DropTransfer():
                 self.inbox.drop(message.transfer_id, "the router gave it up")
             case StopAwaiting():
-                self.inbox.fail(message.transfer_id, "its sender is lost")
+                self.inbox.fail(message.transfer_id, message.reason)
 
     def end_stream(self, stream: Stream) -> None:
         """A router's stream has ended: everything it had here is aborted."""
@@ -239,13 +244,17 @@ class SimWorker(Node):
         middle = rng.choice((0, tokens // 2, rng.randint(0, tokens)))
 
         def open_push() -> None:
-            leg.push = Push(self, action.receiver, action.transfer_id, leg.spec.text, tokens)
-            leg.push.send(0, middle)
+            if self.timeline.chance(self.world.faults.undelivered_transfers):
+                self._tell_undelivered(action.transfer_id)
+            else:
+                leg.push = Push(self, action.receiver, action.transfer_id, leg.spec.text, tokens)
+                leg.push.send(0, middle)
             self._later(0.3, 1.5, leg, end_prompt)
 
         def end_prompt() -> None:
-            assert leg.push is not None
-            if self.timeline.chance(self.world.faults.failed_transfers):
+            if leg.push is None:
+                pass
+            elif self.timeline.chance(self.world.faults.failed_transfers):
                 leg.push.abort("more waits to be sent than may")
             else:
                 leg.push.send(middle, tokens)
@@ -277,6 +286,10 @@ class SimWorker(Node):
         del self.legs[leg.leg_id]
         # The last token's KV would come with the next step.
         tokens = leg.spec.prompt_tokens + leg.position - 1
+        if self.timeline.chance(self.world.faults.undelivered_transfers):
+            self._tell_undelivered(action.transfer_id)
+            stream.to_router(MovedOut(action.leg_id, True))
+            return
         push = Push(self, action.receiver, action.transfer_id, leg.spec.text, tokens)
         if self.timeline.chance(self.world.faults.failed_transfers):
             push.abort("more waits to be sent than may")
@@ -284,6 +297,15 @@ class SimWorker(Node):
             push.send(0, tokens)
             push.finish()
         stream.to_router(MovedOut(action.leg_id, True))
+
+    def _tell_undelivered(self, transfer_id: str) -> None:
+        """Sooner or later, and to all."""
+
+        def tell() -> None:
+            for stream in [s for s in self.world.network.streams if s.worker is self]:
+                stream.to_router(Undelivered(transfer_id))
+
+        self.after(0.0, 2.0, tell)
 
     def _settled(self, leg: SimLeg, how: Settled) -> None:
         transfer_id, leg.waits_for = leg.waits_for, ""

@@ -102,6 +102,17 @@ def test_it_goes_on_elsewhere_after_all_that_it_said() -> None:
     assert_idle(scheduler)
 
 
+def test_what_moves_and_is_not_delivered_is_not_awaited() -> None:
+    scheduler = moving()
+    assert scheduler.on_undelivered("r.1p.1", "late") == []
+    assert scheduler.on_undelivered("r.1m.2", "nobody answers") == []
+    why = "its sender could not deliver it: nobody answers"
+    assert scheduler.on_moved_out("r.1p.1.d", True, 2.0) == [
+        StartDecode("r", "r.1m.2.d", D2, D, "r.1m.2", (7, 8)),
+        StopAwaiting(D2, "r.1m.2", why),
+    ]
+
+
 def test_those_that_leave_together_go_to_different_workers() -> None:
     scheduler = decoding_on_d()
     scheduler.view.workers[D].draining = False

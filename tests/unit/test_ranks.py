@@ -31,6 +31,7 @@ from workers.kv.incoming import Settled, TransferState
 from workers.kv.ranks import Part, RankEndpoint, RankSettings, part_of
 from workers.kv.sending import RanksSending
 from workers.kv.shared import SharedMemory
+from workers.kv.undelivered import RanksUndelivered
 
 ARRIVING, WHOLE, FAILED = TransferState.ARRIVING, TransferState.WHOLE, TransferState.FAILED
 
@@ -228,6 +229,7 @@ def test_a_rank_with_the_heads_of_another_sends_nothing() -> None:
     settings = RankSettings(
         *(os.getpid(), "w", "i", b"", GEOMETRY, 2 * len(HEADS)),
         *(kv_pb2.CODEC_NONE, 1 << 20, 1, "127.0.0.1", "grpc", RanksSending(2 * len(HEADS)).path),
+        RanksUndelivered(lambda sent: None).path,
     )
     settings = pickle.loads(pickle.dumps(settings))
     send = worker_pb2.SendKv(transfer_id="t", address="127.0.0.1:1")

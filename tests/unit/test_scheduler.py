@@ -192,6 +192,47 @@ def test_losing_the_prefill_worker_while_handing_over_stops_the_wait_for_its_kv(
     assert_idle(scheduler)
 
 
+NOT_AWAITED = StopAwaiting(D, "r.1p.1", "its sender could not deliver it: nobody answers")
+
+
+@pytest.mark.parametrize("told", ["while it computes", "later"])
+def test_kv_that_its_sender_cannot_deliver_is_not_awaited(told: str) -> None:
+    scheduler = pair()
+    scheduler.on_arrival(ASK, 0.0)
+    begins = [Deliver("r", None), StartDecode("r", "r.1p.1.d", D, P, "r.1p.1", (7,))]
+    if told == "later":
+        assert scheduler.on_output("r.1p.1", [7], Finish.LENGTH) == begins
+        assert scheduler.on_undelivered("r.1p.1", "nobody answers") == [NOT_AWAITED]
+    else:
+        assert scheduler.on_undelivered("r.1p.1", "nobody answers") == []
+        # Behind the leg that would wait for it.
+        assert scheduler.on_output("r.1p.1", [7], Finish.LENGTH) == [*begins, NOT_AWAITED]
+    scheduler.on_adopted("r.1p.1.d", False)
+    assert scheduler.on_output("r.1p.1.d", [8], None) == [Deliver("r", None)]
+    # Another part of it.
+    assert scheduler.on_undelivered("r.1p.1", "the transfer is over") == []
+    assert scheduler.on_output("r.1p.1.d", [9], Finish.STOP) == [Deliver("r", Finish.STOP)]
+    assert_idle(scheduler)
+
+
+def test_a_transfer_that_is_no_requests_any_more_may_be_undelivered() -> None:
+    scheduler = pair()
+    assert scheduler.on_undelivered("s.1p.1", "another router's") == []
+    scheduler.on_arrival(ASK, 0.0)
+    scheduler.on_undelivered("r.1p.1", "nobody answers")
+    add(scheduler, D2, Pool.DECODE)
+    scheduler.on_worker_lost(D, 1.0)
+    assert scheduler.on_undelivered("r.1p.1", "the prefill was aborted") == []
+    assert scheduler.on_output("r.2p.2", [7], Finish.LENGTH) == [
+        Deliver("r", None),
+        StartDecode("r", "r.2p.2.d", D2, P, "r.2p.2", (7,)),
+    ]
+    assert scheduler.on_undelivered("r.1p.1", "the prefill was aborted") == []
+    scheduler.on_abort("r")
+    assert scheduler.on_undelivered("r.2p.2", "the prefill was aborted") == []
+    assert_idle(scheduler)
+
+
 def test_losing_the_prefill_worker_after_the_hand_over_changes_nothing() -> None:
     scheduler = pair()
     scheduler.on_arrival(ASK, 0.0)

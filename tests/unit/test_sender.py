@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import queue
 import time
 from collections.abc import AsyncIterator, Callable
 from unittest import mock
@@ -38,6 +39,7 @@ from workers.kv.ranks import RankEndpoint, RankSettings
 from workers.kv.sending import RanksSending
 from workers.kv.service import KvInboxService
 from workers.kv.transfer import GRPC, Sent
+from workers.kv.undelivered import RanksUndelivered
 
 ANY_S: float = mock.ANY
 
@@ -89,12 +91,9 @@ def test_ranks_send_one_transfer_in_parts(
     inbox = Inbox(GEOMETRY, HERE[1], 1 << 20, LONG_S, time.monotonic, shared=True)
     receiver = start(Receiver(loop, inbox=inbox))
     claim, send = receiver.claim(), receiver.send_kv()
-    fingerprint = FINGERPRINT.SerializeToString()
-    sending = RanksSending(GEOMETRY.heads)
-    settings = RankSettings(
-        *(os.getpid(), *SENDER, fingerprint, GEOMETRY, GEOMETRY.heads),
-        *(kv_pb2.CODEC_NONE, 1 << 20, LONG_S, "127.0.0.1", GRPC, sending.path),
-    )
+    sending, undelivered = RanksSending(GEOMETRY.heads), queue.SimpleQueue[Sent]()
+    told = RanksUndelivered(undelivered.put)
+    settings = rank_settings(sending, told)
     ranks = [RankEndpoint(settings, rank) for rank in range(settings.ranks)]
     try:
         for rank in ranks:
@@ -120,6 +119,9 @@ def test_ranks_send_one_transfer_in_parts(
             inbox.fail("t", "the time has passed")
         settled = claim.get(timeout=SOON_S)
         assert settled.whole == (fault is None), settled.reason
+        if fault == "breaks off":
+            assert undelivered.get(timeout=SOON_S).reason == settled.reason
+        assert undelivered.empty()
         memory = inbox.take_shared("t")
         assert (memory is not None) == settled.whole and inbox.bytes_held == 0
         if memory is not None:
@@ -129,6 +131,32 @@ def test_ranks_send_one_transfer_in_parts(
     finally:
         for rank in ranks:
             rank.close()
+        told.close()
+
+
+def rank_settings(sending: RanksSending, undelivered: RanksUndelivered) -> RankSettings:
+    fingerprint = FINGERPRINT.SerializeToString()
+    return RankSettings(
+        *(os.getpid(), *SENDER, fingerprint, GEOMETRY, GEOMETRY.heads),
+        *(kv_pb2.CODEC_NONE, 1 << 20, LONG_S, "127.0.0.1", GRPC, sending.path, undelivered.path),
+    )
+
+
+def test_what_a_rank_cannot_deliver_its_worker_hears_of(
+    loop: Loop, start: Callable[[Receiver], Receiver]
+) -> None:
+    receiver = start(Receiver(loop, fingerprint=worker_pb2.Fingerprint(model="other")))
+    undelivered: queue.SimpleQueue[Sent] = queue.SimpleQueue()
+    told = RanksUndelivered(undelivered.put)
+    rank = RankEndpoint(rank_settings(RanksSending(GEOMETRY.heads), told), 1)
+    try:
+        rank.sending(receiver.send_kv(), TOKENS, lambda: b"digest")
+        sent = undelivered.get(timeout=SOON_S)
+        assert (sent.transfer_id, sent.delivered) == ("t", False)
+        assert "'tiny' at the sender and 'other' at the receiver" in sent.reason
+    finally:
+        rank.close()
+        told.close()
 
 
 def test_transfers_at_once_stay_apart(receiver: Receiver, make_outbox: MakeOutbox) -> None:

@@ -12,6 +12,7 @@ from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from cluster.wire import worker_pb2
+from workers.kv.transfer import Sent
 from workers.server import WorkerService
 
 BUSY = worker_pb2.WorkerLoad(running=3, waiting=1, kv_usage=0.95, inbox_bytes=7)
@@ -28,18 +29,21 @@ class Router:
 
     def __init__(self, service: WorkerService) -> None:
         self._stream = service.Engine(self._nothing(), cast(Any, None))
-        self._heard: list[worker_pb2.StepOutputs] = []
+        self._heard: list[worker_pb2.FromEngine] = []
 
     @staticmethod
     async def _nothing() -> AsyncIterator[worker_pb2.ToEngineBatch]:
         await asyncio.Event().wait()
         yield worker_pb2.ToEngineBatch()
 
-    async def hears(self) -> tuple[worker_pb2.WorkerLoad, EngineCoreOutputs]:
+    async def hears_message(self) -> worker_pb2.FromEngine:
         while not self._heard:
             batch = await asyncio.wait_for(anext(self._stream), 5)
-            self._heard.extend(message.outputs for message in batch.messages)
-        step = self._heard.pop(0)
+            self._heard.extend(batch.messages)
+        return self._heard.pop(0)
+
+    async def hears(self) -> tuple[worker_pb2.WorkerLoad, EngineCoreOutputs]:
+        step = (await self.hears_message()).outputs
         return step.load, MsgpackDecoder(EngineCoreOutputs).decode(list(step.outputs))
 
     async def leave(self) -> None:
@@ -119,3 +123,13 @@ async def test_stats_for_a_router_that_left_go_to_another() -> None:
     assert heard.scheduler_stats is not None
     assert heard.scheduler_stats.prefix_cache_stats.queries == 10
     await other.leave()
+
+
+async def test_what_it_cannot_deliver_all_routers_hear_of() -> None:
+    service, routers = await linked(2)
+    # Transfers end on threads of their own.
+    await asyncio.to_thread(service.on_sent, Sent("t1", True, "", 8))
+    await asyncio.to_thread(service.on_sent, Sent("t2", False, "nobody answers", 0))
+    told = worker_pb2.Undelivered(transfer_id="t2", reason="nobody answers")
+    for router in routers:
+        assert await router.hears_message() == worker_pb2.FromEngine(undelivered=told)

@@ -17,6 +17,7 @@ from workers.kv.sender import Sender
 from workers.kv.sending import RanksSending, Sending
 from workers.kv.shared import SharedFrames
 from workers.kv.transfer import Transfer
+from workers.kv.undelivered import RanksUndelivered
 
 if TYPE_CHECKING:
     from cluster.wire.kv_pb2 import Codec
@@ -38,6 +39,7 @@ class KvEndpoint:
     """auto: a transfer that is expected to take no longer goes in one go, after its prefill."""
     ranks_sending: RanksSending | None = None
     """Where the model's ranks send, and not this process."""
+    ranks_undelivered: RanksUndelivered | None = None
     _sending: dict[str, Transfer | None] = field(default_factory=dict)
     _after_step: deque[tuple[int, Callable[[], None]]] = field(default_factory=deque)
     _released: list[str] = field(default_factory=list)

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 from cluster.logs import configure_logs
 from cluster.wire import kv_pb2, worker_pb2
 from workers.kv.incoming import KvGeometry
-from workers.kv.sender import Identity, Sender, log_undelivered
+from workers.kv.sender import Identity, Sender
 from workers.kv.sending import RankSending
 from workers.kv.shared import SharedFrames
 from workers.kv.transfer import Transfer
 from workers.kv.transports import make_transports
+from workers.kv.undelivered import RankUndelivered
 from workers.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class RankSettings:
     """As in the configuration."""
     sending: str
     """Where a rank tells what its sender holds: the path of a RanksSending."""
+    undelivered: str
+    """Where it tells what was not delivered: the path of a RanksUndelivered."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _received, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -126,11 +129,12 @@ class RankEndpoint:
             if part.sends
             else []
         )
+        self._undelivered = RankUndelivered(settings.undelivered)
         self._sender = Sender(
             Identity(settings.worker_id, settings.incarnation, fingerprint),
             settings.staged_bytes // settings.ranks,
             settings.transfer_deadline_s,
-            log_undelivered,
+            self._undelivered.tell,
             self._transports,
             settings.transport,
             (part.first_head, part.heads),
@@ -178,6 +182,7 @@ class RankEndpoint:
         self._sender.close()
         for transport in self._transports:
             transport.close()
+        self._undelivered.close()
 
 
 def enter_rank(settings: RankSettings, rank: int) -> RankEndpoint:

@@ -8,7 +8,6 @@ What is given up is recomputed where it was to go.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,8 +18,6 @@ from workers.kv.group import OutgoingGroup, Transport
 from workers.kv.peer import RATE_ASSUMED_BYTES_S, Peer
 from workers.kv.sending import Sending
 from workers.kv.transfer import GRPC, STALLED_S, Sent, Transfer
-
-logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 PEER_IDLE_S = 600.0
@@ -212,8 +209,3 @@ class Sender:
             transfer.join(max(0.0, deadline_at_s - time.monotonic()))
         for peer in peers:
             peer.close()
-
-
-def log_undelivered(sent: Sent) -> None:
-    if not sent.delivered:
-        logger.warning("transfer %s was not delivered: %s", sent.transfer_id, sent.reason)
