@@ -466,8 +466,9 @@ class ClusterCore(EveryWorker):
         sender = str(life.placement.prefill) if life and life.placement else ""
         self.tally.handoff_ended(adopted, request_id, sender, str(worker.key))
         request = self._requests.get(request_id)
+        traced_id = (request and request.external_req_id) or request_id
         headers = request.trace_headers if request else None
-        trace_handoff(adopted, headers, sender, str(worker.key), time.time())
+        trace_handoff(adopted, traced_id, headers, sender, str(worker.key), time.time())
         if adopted.handed_over:
             worker.handoffs_in += 1
             worker.handoff_bytes_in += adopted.bytes

@@ -1,5 +1,6 @@
-"""A hand-off as a span of its request's trace. vLLM's `--otlp-traces-endpoint` turns it on: vLLM's
-front end, which is in this process, then sets OpenTelemetry up and keeps the trace's headers."""
+"""A hand-off as a span. vLLM's `--otlp-traces-endpoint` turns it on: vLLM's front end, which is in
+this process, then sets OpenTelemetry up and keeps the headers of a request's trace. Without that,
+OpenTelemetry's spans record nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 
 from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from vllm.tracing import SpanAttributes
 
 from cluster.wire import worker_pb2
 
@@ -15,29 +17,31 @@ SPAN = "kv_handoff"
 
 def trace_handoff(
     adopted: worker_pb2.Adopted,
+    request_id: str,
     trace_headers: Mapping[str, str] | None,
     sender: str,
     receiver: str,
     ended_unix_s: float,
 ) -> None:
-    """`trace_headers`: of the request; None: nothing is traced.
+    """`request_id`: as vLLM's own span of the request has it. `trace_headers`: of the request, if
+    it came with some; else the span is, like vLLM's, the root of a trace.
 
     The span lasts from the transfer's opening to its last layer or its failure, by the receiver's
     clock, and ends when the router hears of it. The three parts of its attributes add up to it;
     `exposed_s` is what of it computing did not hide.
     """
-    if trace_headers is None:
-        return
     parts_s = {
         "credit_wait_s": adopted.credit_wait_s,
         "first_layer_s": adopted.first_layer_s,
         "wire_s": adopted.wire_s,
     }
-    context = TraceContextTextMapPropagator().extract(trace_headers)
+    context = TraceContextTextMapPropagator().extract(trace_headers or {})
     ended_unix_ns = int(ended_unix_s * 1e9)
     started_unix_ns = ended_unix_ns - round(sum(parts_s.values()) * 1e9)
     tracer = trace.get_tracer("baton.router")
     span = tracer.start_span(SPAN, context, start_time=started_unix_ns)
+    if not span.is_recording():
+        return
     result = "handed over" if adopted.handed_over else adopted.reason
     told: dict[str, str | float] = {
         "sender": sender,
@@ -53,6 +57,7 @@ def trace_handoff(
     }
     if adopted.instead_of:
         told["instead_of"] = adopted.instead_of
+    span.set_attribute(SpanAttributes.GEN_AI_REQUEST_ID, request_id)
     for name, value in told.items():
         span.set_attribute(f"baton.handoff.{name}", value)
     if not adopted.handed_over:
