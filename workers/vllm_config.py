@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import vllm
+from huggingface_hub import ResolvedRevision
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -26,6 +27,7 @@ from workers.kv.ranks import part_of
 from workers.kv_events import events_config
 
 WEIGHT_SAMPLE_BYTES = 1 << 20
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 
 NOT_SPLIT = {
     "pipeline_parallel_size": "use --tensor-parallel-size",
@@ -103,8 +105,8 @@ def fingerprint(config: VllmConfig) -> worker_pb2.Fingerprint:
     return worker_pb2.Fingerprint(
         # The path may differ from host to host; what it holds may not.
         model=model.served_model_name if isinstance(model.served_model_name, str) else "",
-        revision=str(model.revision or ""),
-        weights=weights_digest(model.model, model.hf_config),
+        revision=commit(model.revision),
+        weights=weights_digest(model.model_weights or model.model, model.hf_config),
         dtype=str(model.dtype),
         kv_dtype=kv_format(config.cache_config.cache_dtype, model),
         layers=shape.layers,
@@ -125,18 +127,32 @@ def kv_format(cache_dtype: str, model: Any) -> str:
     return f"{name}fnuz" if name == "fp8_e4m3" and current_platform.is_fp8_fnuz() else name
 
 
-def weights_digest(model: str, hf_config: Any) -> str:
+def commit(revision: str | None) -> str:
+    """Of a model by its Hugging Face name: a branch is not the same weights for ever, nor on a host
+    whose cache is older."""
+    return revision.resolved if isinstance(revision, ResolvedRevision) else revision or ""
+
+
+def weights_digest(source: str, hf_config: Any) -> str:
     """Tells two models of one shape apart: the configuration, and the sizes and a sample of the
-    weight files where the model is a folder."""
+    weight files that are at `source`. Where none are, the model goes by that name."""
     described: dict[str, Any] = hf_config.to_dict()
     for volatile in ("_name_or_path", "transformers_version"):
         described.pop(volatile, None)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    folder = Path(model)
-    if folder.is_dir():
-        for file in sorted(folder.glob("*.safetensors")):
-            digest.update(f"{file.name}:{file.stat().st_size}".encode())
-            with file.open("rb") as weights:
-                weights.seek(max(0, file.stat().st_size - WEIGHT_SAMPLE_BYTES))
-                digest.update(weights.read(WEIGHT_SAMPLE_BYTES))
+    if not Path(source).exists():
+        digest.update(source.encode())
+    for file in _weight_files(Path(source)):
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+        with file.open("rb") as weights:
+            weights.seek(max(0, file.stat().st_size - WEIGHT_SAMPLE_BYTES))
+            digest.update(weights.read(WEIGHT_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """Of the formats in a folder, the one that vLLM would load."""
+    if source.is_file():
+        return [source]
+    formats = (sorted(source.glob(pattern)) for pattern in WEIGHT_PATTERNS)
+    return next(filter(None, formats), [])

@@ -11,15 +11,19 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import re
+import shutil
 import tempfile
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import huggingface_hub
 import msgspec
 import pytest
 import torch
 from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+from vllm.engine import arg_utils
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine import serving
@@ -33,7 +37,7 @@ from cluster import vllm_names
 from cluster.config import BUNDLED_MODEL
 from cluster.fingerprints import fingerprint_mismatch
 from cluster.vllm_blocks import BlockHasher, engine_probe
-from cluster.wire import kv_pb2
+from cluster.wire import kv_pb2, worker_pb2
 from router import together
 from workers.kv.layout import paged_layer
 from workers.kv.ranks import Part, part_of
@@ -44,6 +48,7 @@ from workers.vllm_config import (
     engine_config,
     fingerprint,
     geometry,
+    weights_digest,
 )
 from workers.vllm_names import tolerate_lost_names
 from workers.vllm_resume import CpuGenerator
@@ -86,6 +91,47 @@ def test_ranks_change_nothing_that_a_pair_compares() -> None:
     heads = two.model_config.get_num_kv_heads(two.parallel_config)
     assert part_of(geometry(two).heads, 2, 1) == Part(heads, heads, sends=True)
     assert two.parallel_config.distributed_executor_backend == "mp"
+
+
+def test_a_model_by_its_hugging_face_name_is_the_commit_that_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The cache is all there is, as where the hub is out of reach; told to be offline, vLLM would
+    # take the snapshot's folder for the name.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(arg_utils, "get_model_path", lambda model, revision: model)
+    args = ["--model", "org/recall", *BUNDLED[2:]]
+    old, new = "a" * 40, "b" * 40
+    repository = tmp_path / "models--org--recall"
+    (repository / "refs").mkdir(parents=True)
+    for snapshot in (old, new):
+        shutil.copytree(BUNDLED_MODEL, repository / "snapshots" / snapshot)
+
+    def cached(main: str, *revision: str) -> worker_pb2.Fingerprint:
+        (repository / "refs" / "main").write_text(main)
+        return fingerprint(engine_config([*args, *revision], "endpoint"))
+
+    assert cached(old) == cached(old) == cached(new, "--revision", old)
+    assert fingerprint_mismatch(cached(old), cached(new)) == (
+        f"revision is '{new}' at the sender and '{old}' at the receiver"
+    )
+
+
+def test_weights_are_told_apart_in_each_format_that_a_folder_may_have(tmp_path: Path) -> None:
+    config = SimpleNamespace(to_dict=lambda: {"_name_or_path": str(tmp_path)})
+
+    def digest(name: str, weights: bytes) -> str:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / name).write_bytes(weights)
+        return weights_digest(str(folder / name if name == "m.gguf" else folder), config)
+
+    for name in ("model.safetensors", "pytorch_model.bin", "consolidated.pt", "m.gguf"):
+        assert digest(name, b"one") == digest(name, b"one") != digest(name, b"two")
+    assert digest("notes.txt", b"one") == digest("notes.txt", b"two")
+    # Neither a folder nor resolved.
+    assert weights_digest("s3://bucket/one", config) != weights_digest("s3://bucket/two", config)
 
 
 def test_fp8_formats_are_told_apart() -> None:
