@@ -20,6 +20,7 @@ from unittest import mock
 import psutil
 import pytest
 
+from cluster.wire import kv_pb2
 from tests.unit.ends import FINGERPRINT, LONG_S, SENDER, Loop, Outbox, wait_until
 from tests.unit.group_peer import (
     GEOMETRY,
@@ -33,6 +34,8 @@ from tests.unit.group_peer import (
 )
 from workers.kv import collective, group
 from workers.kv import peer as peer_module
+from workers.kv.frames import Frame
+from workers.kv.group import IncomingGroup
 from workers.kv.incoming import Settled
 from workers.kv.nixl import TRIAL_BYTES, Nixl
 from workers.kv.nixl_agent import Read
@@ -189,6 +192,47 @@ def test_a_damaged_transfer_fails_at_both_ends_and_the_group_goes_on(
     push_all(open_to(outbox, receiver.port, "after"))
     assert result(outbox).delivered
     assert transport_of(after.get(timeout=WAIT_S)) == (True, way.transport, "")
+
+
+@pytest.mark.parametrize("ended", ["whole", "flipped", "dropped"])
+def test_a_group_keeps_nothing_of_transfers_that_have_ended(
+    receiver: GroupReceiver,
+    outbox: Outbox,
+    way: Way,
+    monkeypatch: pytest.MonkeyPatch,
+    ended: str,
+) -> None:
+    there, groups = type(receiver.transports[way.transport]), list[IncomingGroup]()
+    accept = there.accept
+
+    def watched(*arguments: Any) -> IncomingGroup:
+        groups.append(accept(*arguments))
+        return groups[-1]
+
+    monkeypatch.setattr(there, "accept", watched)
+    claim = receiver.claim()
+    transfer = open_to(outbox, receiver.port)
+    push_layer(transfer, 0)
+    wait_until("a layer has come", lambda: bool(receiver.inbox._transfers["t"].frames))
+    (group_here,) = groups
+    assert list(group_here._open) == ["t"]
+    match ended:
+        case "whole":
+            for layer in range(1, GEOMETRY.layers):
+                push_layer(transfer, layer)
+            transfer.finish()
+        case "flipped":
+            push_layer(transfer, 1, checksum_of=payload_of(0))
+        case "dropped":
+            receiver.inbox.drop("t", "the client left")
+    assert claim.get(timeout=WAIT_S).whole is (ended == "whole")
+    assert result(outbox).delivered is (ended == "whole")
+    wait_until("it is forgotten", lambda: not group_here._open)
+    if ended != "whole":
+        # What was under way when it ended.
+        header = kv_pb2.FrameHeader(transfer_id="t", kv=kv_pb2.KvFrame(layer=2, tokens=TOKENS))
+        group_here._take_frame(Frame(header, payload_of(2)))
+        assert not group_here._open
 
 
 # --- no group ---------------------------------------------------------------------------------

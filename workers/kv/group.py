@@ -14,6 +14,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
@@ -142,6 +143,13 @@ class OutgoingGroup(ABC):
         """Nobody takes anything any more."""
 
 
+@dataclass(slots=True)
+class _Part:
+    """What this sender brings of a transfer. Other ranks of it may still have to bring theirs."""
+
+    has_come: bool = False
+
+
 class IncomingGroup(ABC):
     """The receiving end: a thread that takes announced payloads in, and calls `on_end` at its end.
 
@@ -153,10 +161,8 @@ class IncomingGroup(ABC):
         self._on_end = on_end
         # Bounded by the sender, which announces no more than two batches a transfer ahead.
         self._announced: queue.SimpleQueue[kv_pb2.FrameHeaders | None] = queue.SimpleQueue()
-        self._open: set[str] = set()
-        """Transfers of which more is to come."""
-        self._come: set[str] = set()
-        """Those of which all has come: what this sender has of them."""
+        self._open: dict[str, _Part] = {}
+        """By transfer, until it is whole or has failed; no frame may tell of that."""
         self._thread = threading.Thread(target=self._run, name="kv-group", daemon=True)
 
     @abstractmethod
@@ -188,8 +194,9 @@ class IncomingGroup(ABC):
         except Exception as error:
             reason = f"the group broke: {str(error).partition(chr(10))[0]}"
             logger.warning("%s", reason)
-        for transfer_id in self._open:
-            self._inbox.fail(transfer_id, reason)
+        for transfer_id, part in list(self._open.items()):
+            if not part.has_come:
+                self._inbox.fail(transfer_id, reason)
         self._on_end(reason)
         self._leave()
 
@@ -225,28 +232,31 @@ class IncomingGroup(ABC):
         transfer_id = frame.header.transfer_id
         match frame.header.WhichOneof("kind"):
             case "kv":
-                self._open.add(transfer_id)
+                part = self._open.get(transfer_id) or self._follow(transfer_id)
                 try:
                     check_payload(frame.header, frame.payload)
                 except BadFrame as error:
                     self._inbox.fail(transfer_id, str(error), HandoffFailure.WRONG)
                 else:
                     state, _ = self._inbox.receive(frame)
-                    if state is TransferState.WHOLE:
-                        self._open.discard(transfer_id)
-                        self._come.add(transfer_id)
+                    part.has_come = state is TransferState.WHOLE
             case "end":
-                if transfer_id in self._come:
-                    # Other ranks of the sender may still have to bring theirs.
-                    self._come.discard(transfer_id)
-                else:
-                    self._open.discard(transfer_id)
+                ended = self._open.get(transfer_id)
+                if ended is None or not ended.has_come:
                     self._inbox.fail(
                         transfer_id, "the sender's frames ended before the KV was whole"
                     )
             case "abort":
-                self._open.discard(transfer_id)
-                self._come.discard(transfer_id)
                 self._inbox.receive(frame)
             case kind:
                 raise BadFrame(f"a frame of kind {kind} in a group")
+
+    def _follow(self, transfer_id: str) -> _Part:
+        """Until it ends: at once if it is over."""
+        part = self._open[transfer_id] = _Part()
+
+        def forget(reason: str) -> None:
+            self._open.pop(transfer_id, None)
+
+        self._inbox.await_end(transfer_id, forget)
+        return part
