@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from unittest import mock
@@ -18,6 +19,7 @@ from tests.unit.ends import (
     Silent,
     push_all,
     push_layer,
+    wait_until,
 )
 from workers.kv.sender import PEER_IDLE_S
 from workers.kv.transfer import Sent
@@ -106,6 +108,26 @@ def test_a_stopping_worker_tells_its_receivers(receiver: Receiver, make_outbox: 
     assert claim.get(timeout=SOON_S).reason == "the sender gave up: the worker is stopping"
     assert not outbox.result().delivered
     outbox.assert_at_rest()
+
+
+def test_a_receiver_that_drops_it_ends_the_stream_of_a_silent_sender(
+    loop: Loop, receiver: Receiver, make_outbox: MakeOutbox
+) -> None:
+    outbox, claim = make_outbox(), receiver.claim()
+    transfer = outbox.open(receiver)
+    push_layer(transfer, 0)
+    assert transfer.credit.wait(SOON_S)
+    wait_until("a layer has come", lambda: bool(receiver.inbox._transfers["t"].frames))
+    receiver.inbox.drop("t", "the router gave it up")
+    # Nothing more is sent, and nobody calls `finish`.
+    assert outbox.result() == Sent("t", False, "the router gave it up", LAYER_BYTES, ANY_S)
+    assert not claim.get(timeout=SOON_S).whole
+    outbox.assert_at_rest()
+    wait_until("nobody reads from it", lambda: "kv-take" not in loop.call(task_names()))
+
+
+async def task_names() -> list[str]:
+    return [task.get_name() for task in asyncio.all_tasks()]
 
 
 def test_nobody_listens(receiver: Receiver, make_outbox: MakeOutbox) -> None:

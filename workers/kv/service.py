@@ -12,7 +12,7 @@ import grpc.aio
 from cluster.fingerprints import why_not_joined
 from cluster.handoff_failure import HandoffFailure
 from cluster.wire import kv_pb2, kv_pb2_grpc, worker_pb2
-from workers.kv.frames import BadFrame, decode_frames
+from workers.kv.frames import BadFrame, Frame, decode_frames
 from workers.kv.group import IncomingGroup, Transport
 from workers.kv.inbox import Inbox
 from workers.kv.incoming import TransferState
@@ -102,40 +102,49 @@ class KvInboxService(kv_pb2_grpc.KvInboxServicer):
         again as soon as the stream breaks."""
         # Told beside the frames, so that one whose first frame is damaged fails at once as well.
         transfer_id = dict(context.invocation_metadata() or ()).get(TRANSFER_KEY, "")
-        state = TransferState.FAILED
         opened: kv_pb2.OpenTransfer | None = None
+        coming = _frames(frames, transfer_id)
         try:
-            async for message in frames:
-                for frame in decode_frames(message):
-                    if frame.header.transfer_id != transfer_id:
-                        raise BadFrame(
-                            f"a frame of {frame.header.transfer_id} in the stream of {transfer_id}"
-                        )
-                    state, reason = self._inbox.receive(frame)
-                    if frame.header.WhichOneof("kind") == "open":
-                        opened = frame.header.open
-                        ended = _Answer()
-                        by_group = opened.transport in self._transports
-                        if by_group:
-                            self._inbox.await_end(transfer_id, ended)
-                        reason = reason or await self._credit(transfer_id, opened.expects_held)
-                        if not reason:
-                            yield _credit(self._inbox.held(transfer_id))
-                        if not reason and by_group:
-                            # Its payloads don't come in this stream.
-                            yield _result(await ended.future)
-                            return
-                    if reason:
-                        yield _result(reason)
-                        return
-            yield _result("" if state is TransferState.WHOLE else _ENDED_EARLY)
+            first = await anext(coming, None)
+            if first is None:
+                yield _result(_ENDED_EARLY)
+                return
+            _, reason = self._inbox.receive(first)
+            if first.header.WhichOneof("kind") == "open":
+                opened = first.header.open
+                ended = _Answer()
+                self._inbox.await_end(transfer_id, ended)
+                reason = reason or await self._credit(transfer_id, opened.expects_held)
+            if reason or opened is None:
+                yield _result(reason)
+                return
+            yield _credit(self._inbox.held(transfer_id))
+            if opened.transport in self._transports:
+                # Its payloads don't come in this stream.
+                yield _result(await ended.future)
+                return
+            # When it fails, no other frame may come: its sender may be alive and stand still. The
+            # read that is under way ends with the stream, and is not to be cancelled before.
+            taken = asyncio.create_task(self._take(coming), name="kv-take")
+            taken.add_done_callback(lambda task: task.cancelled() or task.exception())
+            await asyncio.wait((taken, ended.future), return_when=asyncio.FIRST_COMPLETED)
+            reason = ended.future.result() if ended.future.done() else ""
+            yield _result(reason or await taken)
         except BadFrame as error:
             self._inbox.fail(transfer_id, str(error), HandoffFailure.WRONG)
             yield _result(str(error))
         finally:
             # Also when the sender's process or connection is gone. Other parts may be on their way.
-            if state is not TransferState.WHOLE:
-                self._inbox.stream_broke(transfer_id, opened, _ENDED_EARLY)
+            self._inbox.stream_broke(transfer_id, opened, _ENDED_EARLY)
+
+    async def _take(self, coming: AsyncIterator[Frame]) -> str:
+        """Until the stream ends. Returns why not all has come."""
+        state = TransferState.ARRIVING
+        async for frame in coming:
+            state, reason = self._inbox.receive(frame)
+            if reason:
+                return reason
+        return "" if state is TransferState.WHOLE else _ENDED_EARLY
 
     async def _credit(self, transfer_id: str, expects_held: bool) -> str:
         """Wait for it. Returns why there is none."""
@@ -168,6 +177,17 @@ async def _announced(requests: AsyncIterator[kv_pb2.ToGroup], group: IncomingGro
     finally:
         # Its thread ends, and says so.
         group.close()
+
+
+async def _frames(messages: AsyncIterator[bytes], transfer_id: str) -> AsyncIterator[Frame]:
+    """Those of this transfer, for no others belong into its stream."""
+    async for message in messages:
+        for frame in decode_frames(message):
+            if frame.header.transfer_id != transfer_id:
+                raise BadFrame(
+                    f"a frame of {frame.header.transfer_id} in the stream of {transfer_id}"
+                )
+            yield frame
 
 
 class _Answer:
