@@ -153,8 +153,9 @@ class EngineHost:
 
     def sender_lost(self, transfer_id: str, reason: str) -> None:
         """Do not wait for what has not come of it."""
+        why = reason or "its sender is lost"
         # After the decode leg that claims it.
-        self._commands.put(lambda: self._endpoint.inbox.fail(transfer_id, reason))
+        self._commands.put(lambda: self._endpoint.inbox.fail(transfer_id, why))
 
     def hold(self, message: worker_pb2.HoldPrefix) -> None:
         """Keep what the prefix cache has of a prompt whose KV is about to come."""

@@ -182,7 +182,7 @@ class Life:
     leg: Leg | None = None
     last_leg_id: str = ""
     transfer_id: str = ""
-    undelivered: str = ""
+    undelivered: str | None = None
     """Why the transfer was not delivered, if its sender has said so before the decode leg."""
     tokens: list[int] = field(default_factory=list)
     """Output tokens the client has."""
@@ -339,7 +339,7 @@ class Life:
         return []
 
     def _open_transfer(self, transfer_id: str) -> None:
-        self.transfer_id, self.undelivered = transfer_id, ""
+        self.transfer_id, self.undelivered = transfer_id, None
 
     def _stop_awaiting(self, reason: str) -> StopAwaiting:
         assert self.placement is not None
@@ -360,7 +360,9 @@ class Life:
             tuple(self.tokens),
         )
         # A worker knows only of a leg that it has what not to wait for.
-        return [start, self._stop_awaiting(self.undelivered)] if self.undelivered else [start]
+        if self.undelivered is None:
+            return [start]
+        return [start, self._stop_awaiting(self.undelivered)]
 
     def _release_transfer(self) -> list[Action]:
         """The decode worker frees a transfer by itself once the decode leg has come to it."""
