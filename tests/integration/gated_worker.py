@@ -123,8 +123,9 @@ def gate_sending(gates: Gates) -> None:
 
     batches, messages = Transfer._batches, Transfer._messages
 
-    def gated(self: Transfer, bytes_min: int) -> Iterator[Any]:
-        for number, frames in enumerate(batches(self, 1 if gates.says(SENDING) else bytes_min)):
+    def gated(self: Transfer, bytes_min: int, *more: Any) -> Iterator[Any]:
+        bytes_min = 1 if gates.says(SENDING) else bytes_min
+        for number, frames in enumerate(batches(self, bytes_min, *more)):
             if number:
                 gates.wait(SENDING, self.done.is_set)
             yield frames

@@ -287,7 +287,7 @@ class Transfer:
         """Two batches are under way at a time. What is said of a batch is said when it was sent:
         that a group has taken it on says nothing."""
         try:
-            for frames in self._batches(group.batch_bytes_min, before_waiting=self._finish_batches):
+            for frames in self._batches(group.batch_bytes_min, self._finish_batches):
                 self._post(group, frames)
                 self._finish_batches(1)
             if not self.done.is_set():
