@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from cluster.config_names import leaves, misspelt_variables, variable
+from cluster.config_problems import unreadable_variable, wrong_values
 from cluster.logs import FORMAT_VARIABLE
 from cluster.scheduler.handover import HandOver
 from cluster.scheduler.policies import DEFAULT, policy_names
@@ -31,6 +32,8 @@ OPERATOR_TOKEN = "BATON_OPERATOR_TOKEN"
 ROUTER_SETTINGS = "BATON_ROUTER_SETTINGS"
 """What a router is told at its start, secrets among it, in JSON."""
 
+VLLM_ARGS_EXAMPLE = ["--max-model-len", "4096"]
+
 
 class BadConfig(Exception):
     """A value that Baton cannot use. The message names it and says what would be right."""
@@ -39,7 +42,7 @@ class BadConfig(Exception):
 class HandoffConfig(BaseModel):
     """The KV hand-off."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     inbox_bytes: int = Field(1 << 30, gt=0, description="KV bytes that may wait on a worker")
     staged_bytes: int = Field(256 << 20, gt=0, description="KV bytes that may wait to be sent")
@@ -95,7 +98,7 @@ class LocalNode(BaseModel):
 class SloClassConfig(BaseModel):
     """What a class of requests is promised, and how it queues."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     ttft_ms: float | None = Field(default=None, gt=0)
     tpot_ms: float | None = Field(default=None, gt=0)
@@ -108,11 +111,20 @@ class SloClassConfig(BaseModel):
         return {"ttft_s": ttft_s, "tpot_s": tpot_s, "priority": self.priority}
 
 
+class _File(YamlConfigSettingsSource):
+    def __call__(self) -> dict[str, Any]:
+        """Without names that have no value, such as a section all of which is commented out."""
+        known = self.settings_cls.model_fields
+        values = super().__call__().items()
+        return {name: value for name, value in values if value is not None or name not in known}
+
+
 class BatonConfig(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="BATON_",
         env_nested_delimiter="__",
         extra="forbid",
+        allow_inf_nan=False,
         nested_model_default_partial_update=True,
     )
 
@@ -140,6 +152,7 @@ class BatonConfig(BaseSettings):
     local_nodes: list[LocalNode] = Field(
         default_factory=list,
         description="Ray nodes to start here, as a JSON list (default: one that has this machine)",
+        examples=[[{"accelerator": "H100", "cpus": 2}]],
     )
     policy: Annotated[str, AfterValidator(_known_policy)] = Field(
         DEFAULT, description="how requests are placed"
@@ -162,10 +175,14 @@ class BatonConfig(BaseSettings):
         description="requests that a worker is given at a time, others wait in the router; 0: all",
     )
     slo_classes: dict[str, SloClassConfig] = Field(
-        default_factory=dict, description="what classes of requests are promised, as JSON"
+        default_factory=dict,
+        description="what classes of requests are promised, as JSON",
+        examples=[{"interactive": {"ttft_ms": 500}}],
     )
     api_key_classes: dict[str, str] = Field(
-        default_factory=dict, description="classes by the SHA-256 of API keys, as JSON"
+        default_factory=dict,
+        description="classes by the SHA-256 of API keys, as JSON",
+        examples=[{"SHA-256 of a key": "interactive"}],
     )
     lease_s: float = Field(
         2.4,
@@ -190,17 +207,21 @@ class BatonConfig(BaseSettings):
         "`baton down` stops them",
     )
     verbose: bool = Field(False, description="show the logs of the router")
-    handoff: HandoffConfig = HandoffConfig()
+    handoff: HandoffConfig = Field(HandoffConfig(), examples=[{"codec": "fp8"}])
     vllm_args: list[str] = Field(
-        default_factory=list, description="further arguments of `vllm serve`, as a JSON list"
+        default_factory=list,
+        description="further arguments of `vllm serve`, as a JSON list",
+        examples=[VLLM_ARGS_EXAMPLE],
     )
     prefill_vllm_args: list[str] = Field(
         default_factory=list,
         description="arguments of `vllm serve` for the prefill pool only, as a JSON list",
+        examples=[VLLM_ARGS_EXAMPLE],
     )
     decode_vllm_args: list[str] = Field(
         default_factory=list,
         description="arguments of `vllm serve` for the decode pool only, as a JSON list",
+        examples=[VLLM_ARGS_EXAMPLE],
     )
 
     @classmethod
@@ -213,7 +234,7 @@ class BatonConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         file = config_file()
-        yaml = YamlConfigSettingsSource(settings_cls, yaml_file=file)
+        yaml = _File(settings_cls, yaml_file=file)
         return (init_settings, env_settings, yaml) if file else (init_settings, env_settings)
 
     @property
@@ -253,14 +274,9 @@ def load_config(flags: dict[str, Any]) -> BatonConfig:
     try:
         config = BatonConfig(**flags)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()}"
-            + ("" if problem["type"] == "extra_forbidden" else f", got {problem['input']!r}")
-            for problem in error.errors()
-        )
-        raise BadConfig(problems) from error
+        raise BadConfig(wrong_values(error, BatonConfig)) from error
     except SettingsError as error:
-        raise BadConfig(f"environment: {error}: not JSON ({error.__cause__})") from error
+        raise BadConfig(unreadable_variable(error, BatonConfig)) from error
     except (TypeError, ValueError) as error:
         raise BadConfig(f"{file}: it must hold names and values, as in `port: 8000`") from error
     except Exception as error:

@@ -56,7 +56,7 @@ def _option(path: tuple[str, ...], field: FieldInfo) -> Callable[[Any], Any]:
     choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
     kind: Any = click.Choice(choices) if choices else str
     if field.annotation not in (str, int, float) and not choices and field.default_factory:
-        kind = _Json()
+        kind = _Json(json.dumps((field.examples or [None])[0]))
     metavar = None if choices else "VALUE"
     return click.option(name, parameter, type=kind, default=None, help=help_text, metavar=metavar)
 
@@ -64,8 +64,13 @@ def _option(path: tuple[str, ...], field: FieldInfo) -> Callable[[Any], Any]:
 class _Json(click.ParamType[Any]):
     name = "json"
 
+    def __init__(self, example: str) -> None:
+        self._example = example
+
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         try:
             return json.loads(value) if isinstance(value, str) else value
         except ValueError as error:
-            self.fail(f"{value!r} is not JSON: {error}", param, ctx)
+            self.fail(
+                f"{value!r} is not JSON: {error}; it is written as {self._example}", param, ctx
+            )

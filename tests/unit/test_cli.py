@@ -141,7 +141,7 @@ def test_wrong_values_of_up(baton: Baton, nothing_starts: None) -> None:
 def test_a_wrong_file_is_one_line(baton: Baton, tmp_path: Path, nothing_starts: None) -> None:
     (tmp_path / "baton.yaml").write_text("prefil: 2\n")
     for command in ("up", "down", "status"):
-        assert_one_line(baton(command), "prefil: extra inputs are not permitted")
+        assert_one_line(baton(command), "prefil: unknown, did you mean prefill?")
 
 
 # --- no cluster -----------------------------------------------------------------------------------

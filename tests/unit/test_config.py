@@ -87,6 +87,15 @@ def test_an_empty_file_says_nothing(empty_folder: Path) -> None:
     assert load_config({}).port == 8000
 
 
+def test_names_without_a_value_say_nothing(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(empty_folder / "baton.yaml", "port:\nhandoff:\n  # codec: fp8\nvllm_args:\n")
+    assert load_config({}) == BatonConfig()
+    monkeypatch.setenv("BATON_HANDOFF__CODEC", "int8")
+    assert load_config({}).handoff.codec == "int8"
+
+
 def test_lists_are_json_in_the_environment_and_yaml_in_the_file(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,8 +131,30 @@ def test_a_pools_own_arguments_come_last_and_win(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("prot: 8001", "prot: extra inputs are not permitted"),
-        ("handoff:\n  inbox: 1", "handoff.inbox: extra inputs are not permitted"),
+        ("prot: 8001", "prot: unknown, did you mean port?"),
+        ("handof:", "handof: unknown, did you mean handoff?"),
+        ("somewhere: 1", "somewhere: unknown"),
+        ("handoff:\n  somewhere: 1", "handoff.somewhere: unknown"),
+        ("handoff:\n  inbox: 1", "handoff.inbox: unknown, did you mean inbox_bytes?"),
+        ("handoff: fp8", "handoff: it must hold names and values, got 'fp8'"),
+        (
+            "slo_classes:\n  chat: {ttft: 1}",
+            "slo_classes.chat.ttft: unknown, did you mean ttft_ms?",
+        ),
+        ("slo_classes:\n  chat:", "slo_classes.chat: it must hold names and values, got None"),
+        (
+            "local_nodes:\n  - gpu: 1",
+            "local_nodes.0.gpu: unknown, did you mean gpus?",
+        ),
+        (
+            "vllm_args: [--max-model-len, 4096]",
+            "vllm_args.1: input should be a valid string, got 4096: put it in quotes",
+        ),
+        (
+            "handoff: {adopt_deadline_s: .inf}",
+            "handoff.adopt_deadline_s: input should be a finite number, got inf",
+        ),
+        ("lease_s: .inf", "lease_s: input should be a finite number, got inf"),
         ("port: 99999", "port: input should be less than or equal to 65535, got 99999"),
         ("port: http", "port: input should be a valid integer"),
         ("local_nodes:\n  - cpus: 0", "local_nodes.0.cpus: input should be greater than 0, got 0"),
@@ -155,7 +186,20 @@ def test_a_wrong_variable_is_named(empty_folder: Path, monkeypatch: pytest.Monke
     write(empty_folder / "baton.yaml", "port: 1\n")
     monkeypatch.setenv("BATON_VLLM_ARGS", "--max-model-len")
     said = problem()
-    assert said.startswith("environment: ") and "vllm_args" in said and "not JSON" in said
+    assert said.startswith("BATON_VLLM_ARGS: not JSON (")
+    assert said.endswith('; it is written as ["--max-model-len", "4096"]')
+    monkeypatch.setenv("BATON_VLLM_ARGS", "[]")
+    monkeypatch.delenv("BATON_HANDOFF__INBOX_BYTES")
+    monkeypatch.setenv("BATON_HANDOFF__CODEK", "fp8")
+    assert problem() == "handoff.codek: unknown, did you mean codec?"
+
+
+def test_every_value_that_is_json_has_an_example() -> None:
+    for name, field in BatonConfig.model_fields.items():
+        if field.default_factory is not None or name == "handoff":
+            (example,) = field.examples or ()
+            if name != "api_key_classes":
+                load_config({name: example})
 
 
 def test_a_named_file_must_be_there(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +323,7 @@ def test_a_flag_that_is_not_json_says_so() -> None:
     result = CliRunner().invoke(command, ["--local-nodes", "H100"])
     assert result.exit_code == 2
     assert "--local-nodes" in result.output and "is not JSON" in result.output
+    assert '[{"accelerator": "H100", "cpus": 2}]' in result.output
 
 
 def test_some_commands_take_some_flags() -> None:
