@@ -203,8 +203,8 @@ class BatonConfig(BaseSettings):
     start_deadline_s: float = Field(600, gt=0, description="time for all workers to be ready")
     keep_workers: bool = Field(
         False,
-        description="leave the workers running when this ends (joined Ray clusters only); "
-        "`baton down` stops them",
+        description="leave the workers running when this ends (needs --ray-address and "
+        "--redis-url); `baton down` stops them",
     )
     verbose: bool = Field(False, description="show the logs of the router")
     handoff: HandoffConfig = Field(HandoffConfig(), examples=[{"codec": "fp8"}])

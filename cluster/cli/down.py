@@ -18,9 +18,16 @@ STOP_DEADLINE_S = 60.0
 
 
 @click.command()
-@config_options("name", "ray_address")
+@config_options(
+    "name",
+    "ray_address",
+    ray_address="Ray cluster in which `baton up --keep-workers` left workers that are to stop, too",
+)
 def down(**flags: Any) -> None:
-    """Stop the cluster of this name, and wait until nothing of it is left."""
+    """Stop the cluster of this name.
+
+    It waits until nothing of it is left.
+    """
     config = load_config(flags_given(flags))
     run = running(config.name)
     if run is not None:
@@ -35,7 +42,8 @@ def down(**flags: Any) -> None:
             time.sleep(0.1)
     stopped = _stop_kept_workers(config.name, config.ray_address)
     if run is None and not stopped:
-        raise click.ClickException(f"no cluster named {config.name!r} runs here")
+        hint = "" if config.ray_address else "; to stop kept workers, give --ray-address"
+        raise click.ClickException(f"no cluster named {config.name!r} runs here{hint}")
     click.echo(f"{config.name} is stopped")
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
 from typing import Any
 
 import click
 
 from cluster.cli.options import config_options, flags_given
-from cluster.cli.redis_of import redis_of
+from cluster.cli.redis_of import REDIS_HELP, redis_of
 from cluster.config import BatonConfig, load_config
 from cluster.draining import GONE_WITHIN_S, NoSuchWorker, NotReady, ask_to_drain
 from cluster.errors import one_line, without_password
@@ -22,10 +24,11 @@ class Seconds(click.ParamType[float]):
     name = "seconds"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        try:
-            return float(str(value).removesuffix("s"))
-        except ValueError:
-            self.fail(f"{value!r} is not a number of seconds, such as 30 or 30s", param, ctx)
+        with contextlib.suppress(ValueError):
+            seconds = float(str(value).removesuffix("s"))
+            if 0 <= seconds < math.inf:
+                return seconds
+        self.fail(f"{value!r} is not a number of seconds, such as 30 or 30s", param, ctx)
 
 
 @click.command()
@@ -34,11 +37,10 @@ class Seconds(click.ParamType[float]):
     "--deadline",
     type=Seconds(),
     default=30.0,
-    show_default="30s",
     metavar="SECONDS",
-    help="time for running requests to end; then they go on elsewhere",
+    help="time for running requests to end; then they go on elsewhere  [30]",
 )
-@config_options("name", "redis_url", "lease_s")
+@config_options("name", "redis_url", redis_url=REDIS_HELP)
 def drain(worker: str, deadline: float, **flags: Any) -> None:
     """Take WORKER out without losing a request, and start it anew.
 

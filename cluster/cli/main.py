@@ -43,7 +43,7 @@ def main() -> None:
     """Errors are one line and exit code 1 (2 for wrong usage), never a traceback."""
     try:
         # Commands return None; leaving early with a code returns the code.
-        sys.exit(cli.main(standalone_mode=False))
+        sys.exit(cli.main(prog_name="baton", standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -7,6 +7,8 @@ import click
 from cluster.config import BatonConfig
 from cluster.run_file import running
 
+REDIS_HELP = "the cluster's Redis, if the cluster was not started on this machine"
+
 
 def redis_of(config: BatonConfig) -> str:
     """The URL that was given, or that of the `baton up` of this name on this machine.

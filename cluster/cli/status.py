@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.cli.options import config_options, flags_given
-from cluster.cli.redis_of import redis_of
+from cluster.cli.redis_of import REDIS_HELP, redis_of
 from cluster.config import load_config
 from cluster.errors import one_line, without_password
 from cluster.membership import (
@@ -35,7 +35,7 @@ class Status:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
-@config_options("name", "redis_url", "lease_s")
+@config_options("name", "redis_url", redis_url=REDIS_HELP)
 def status(as_json: bool, **flags: Any) -> None:
     """Show the cluster's workers and routers. Exit code 1 when there is none."""
     config = load_config(flags_given(flags))
@@ -85,7 +85,7 @@ def _show(found: Status) -> None:
             worker.address,
             worker.detail or worker.placement_reason,
         )
-    console.print(table)
+    console.print(table if found.workers else "no workers")
     for why in dict.fromkeys(why for router in found.routers for why in router.unjoined):
         console.print(f"no hand-offs: {why}", markup=False, soft_wrap=True)
     if found.desired:

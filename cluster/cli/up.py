@@ -11,8 +11,9 @@ from typing import Any
 import click
 from rich.console import Console
 
+from cluster.before_start import StartFailed
 from cluster.cli.options import config_options, flags_given
-from cluster.config import BatonConfig, load_config
+from cluster.config import BadConfig, BatonConfig, load_config
 from cluster.config_names import did_you_mean, flag, leaves
 from cluster.supervisor import Progress, Supervisor
 
@@ -30,7 +31,12 @@ def up(arguments: tuple[str, ...], **flags: Any) -> None:
     `vllm serve` can follow. Each value can also be set by environment variable (BATON_PORT,
     BATON_HANDOFF__INBOX_BYTES) and in baton.yaml; flags come first, then the environment.
     """
-    asyncio.run(_serve(config_given(arguments, flags)))
+    config = config_given(arguments, flags)
+    _check(config)
+    try:
+        asyncio.run(_serve(config))
+    except StartFailed as error:
+        raise StartFailed(f"{error}{_meant_by(str(error))}") from error
 
 
 def config_given(arguments: tuple[str, ...], flags: dict[str, Any]) -> BatonConfig:
@@ -50,12 +56,33 @@ def config_given(arguments: tuple[str, ...], flags: dict[str, Any]) -> BatonConf
 
 def _refuse_misspelt(arguments: list[str]) -> None:
     """vLLM's parser would refuse it, too, but in the router and the workers, without a hint."""
-    names = [flag(path) for path, _ in leaves(BatonConfig)]
     for argument in arguments:
-        name = argument.split("=")[0].replace("_", "-")
-        if name.startswith(HANDOFF_FLAGS):
-            hint = did_you_mean(name, names)
-            raise click.UsageError(f"{argument.split('=')[0]}: unknown{hint}")
+        if argument.replace("_", "-").startswith(HANDOFF_FLAGS):
+            raise click.UsageError(f"{argument.split('=')[0]}: unknown{_meant(argument)}")
+
+
+def _meant(argument: str) -> str:
+    names = [flag(path) for path, _ in leaves(BatonConfig)]
+    return did_you_mean(argument.split("=")[0].replace("_", "-"), names)
+
+
+def _meant_by(problem: str) -> str:
+    """A flag that neither has: vLLM's parser refuses it, which does not know Baton's."""
+    _, found, words = problem.partition("unrecognized arguments: ")
+    for word in words.split() if found else ():
+        if word.startswith("--") and (hint := _meant(word)):
+            return hint
+    return ""
+
+
+def _check(config: BatonConfig) -> None:
+    """That no value would do nothing beside another."""
+    if config.ray_address and config.local_nodes:
+        raise BadConfig("local_nodes: none are started where a Ray cluster is joined (ray_address)")
+    if config.keep_workers and not config.ray_address:
+        raise BadConfig("keep_workers: Ray ends with `baton up` unless one is joined (ray_address)")
+    if config.keep_workers and not config.redis_url:
+        raise BadConfig("keep_workers: the embedded Redis ends with `baton up`: give a redis_url")
 
 
 async def _serve(config: BatonConfig) -> None:

@@ -20,12 +20,16 @@ from click.testing import CliRunner
 
 from cluster.before_start import StartFailed, check_start
 from cluster.cli.main import cli, main
-from cluster.config import ROUTER_SETTINGS, load_config
+from cluster.cli.options import POSITIONAL
+from cluster.cli.router import OWN
+from cluster.config import ROUTER_SETTINGS, BatonConfig, SloClassConfig, load_config
+from cluster.config_names import leaves
 from cluster.membership import RouterRecord
 from cluster.processes import free_port
 from cluster.router_process import ROUTER_COMMAND, router_environment
 from cluster.run_file import RunFile, run_file_path, running
 from cluster.scheduler.policies import policy_names
+from cluster.supervisor import Supervisor
 from router.settings import RouterSettings
 
 NAME = "test-cli"
@@ -98,7 +102,7 @@ def test_every_command_has_a_help(command: str) -> None:
     long, short = (CliRunner().invoke(cli, [command, flag]) for flag in ("--help", "-h"))
     assert long.exit_code == 0
     assert long.output == short.output
-    assert "--name VALUE" in long.output
+    assert "Usage: " in long.output and "--name NAME" in long.output
 
 
 def test_help_of_up_tells_defaults_and_the_other_ways() -> None:
@@ -113,6 +117,37 @@ def test_help_of_up_tells_what_there_is_to_choose_from() -> None:
     assert "--handoff-overlap [auto|always|never] " in text
     assert "--handoff-transport [auto|grpc|collective|nixl] how" in text
     assert f"how requests are placed: {', '.join(policy_names())} [splitwise]" in text
+
+
+def test_help_tells_units_and_choices() -> None:
+    text = " ".join(CliRunner().invoke(cli, ["up", "--help"]).output.split())
+    for told in ("--queue-deadline-s SECONDS", "--handoff-inbox-bytes BYTES", "--prefill NUMBER"):
+        assert told in text
+    assert "--handoff-when [always|cheaper]" in text and "--slo-classes JSON" in text
+
+
+@pytest.mark.parametrize("command", ["status", "drain", "router"])
+def test_help_of_commands_that_start_no_redis(command: str) -> None:
+    text = " ".join(CliRunner().invoke(cli, [command, "--help"]).output.split())
+    assert "the cluster's Redis, if" in text and "embedded" not in text
+
+
+def test_help_of_router_shows_what_it_goes_by() -> None:
+    def told(config: BatonConfig) -> dict[str, str]:
+        return router_environment(config, config.redis_url or "", "r", config.port)
+
+    values: dict[str, Any] = {"slo_classes": {"a": SloClassConfig()}, "port": 2}
+    before = BatonConfig()
+    for path, _ in leaves(BatonConfig):
+        update: dict[str, Any] = {path[-1]: values.get(path[-1], "other")}
+        if path[0] == "handoff":
+            update = {"handoff": before.handoff.model_copy(update=update)}
+        if path[0] not in POSITIONAL:
+            after = before.model_copy(update=update)
+            assert (told(after) != told(before)) == (path in OWN), path
+    text = CliRunner().invoke(cli, ["router", "--help"]).output
+    assert "--operator-token" in text and "--handoff-when" in text
+    assert "--prefill" not in text and "--local-nodes" not in text
 
 
 # --- wrong usage ----------------------------------------------------------------------------------
@@ -136,6 +171,38 @@ def test_wrong_values_of_up(baton: Baton, nothing_starts: None) -> None:
     assert_one_line(baton("up", "--handoff-inbox-bytes", "-1"), "handoff.inbox_bytes: ")
     assert_one_line(baton("up", "--local-nodes", '[{"gpu": 1}]'), "local_nodes.0.gpu: ")
     assert_one_line(baton("up", "--policy", "nearest"), "policy: ", "'splitwise'", "'nearest'")
+
+
+def test_values_that_would_do_nothing_beside_others(baton: Baton, nothing_starts: None) -> None:
+    joined, kept = ("--ray-address", "auto"), "--keep-workers"
+    assert_one_line(baton("up", *joined, "--local-nodes", "[{}]"), "local_nodes: ", "ray_address")
+    assert_one_line(baton("up", kept), "keep_workers: ", "ray_address")
+    assert_one_line(baton("up", kept, *joined), "keep_workers: ", "redis_url")
+
+
+@pytest.mark.parametrize("deadline", ["-1", "nan", "inf", "soon"])
+def test_a_deadline_is_a_number_of_seconds(baton: Baton, deadline: str) -> None:
+    said = baton("drain", "decode-0", "--deadline", deadline)
+    assert said.code == 2 and f"'{deadline}' is not a number of seconds" in said.err
+
+
+@pytest.mark.parametrize(
+    ("problem", "hint"),
+    [
+        ("unrecognized arguments: --decodes 2", ", did you mean --decode?"),
+        ("unrecognized arguments: x --queue_maxx=7", ", did you mean --queue-max?"),
+        ("unrecognized arguments: --no-such-thing", ""),
+        ("argument --decodes: it is wrong", ""),
+    ],
+)
+def test_a_misspelt_flag_is_told_from_one_of_vllm(
+    baton: Baton, monkeypatch: pytest.MonkeyPatch, problem: str, hint: str
+) -> None:
+    async def fail(supervisor: Supervisor) -> None:
+        raise StartFailed(problem)
+
+    monkeypatch.setattr(Supervisor, "__aenter__", fail)
+    assert baton("up").err == f"baton: {problem}{hint}\n"
 
 
 def test_a_wrong_file_is_one_line(baton: Baton, tmp_path: Path, nothing_starts: None) -> None:
