@@ -95,9 +95,9 @@ def stop_where_told() -> None:
         for save in self._step().saves:
             stop_at(COMPUTING, save.send.transfer_id, "", save.send.worker_id)
 
-    def stopping_batches(self: Transfer, bytes_min: int) -> Iterator[Any]:
+    def stopping_batches(self: Transfer, bytes_min: int, *more: Any) -> Iterator[Any]:
         # One frame a message, so that there is a half.
-        for number, frames in enumerate(batches(self, 1)):
+        for number, frames in enumerate(batches(self, 1, *more)):
             if number == 1:
                 stop_at(SENDING, self.transfer_id, "", self._send.worker_id)
             yield frames
