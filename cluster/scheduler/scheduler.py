@@ -230,7 +230,10 @@ class Scheduler:
         if life is None or life.phase is not Phase.MOVING:
             return []
         assert life.placement is not None
-        if moved and life.placement.decode in self.view.workers:
+        receiver = self.view.workers.get(life.placement.decode)
+        context_tokens = life.remaining().tokens_to_compute
+        # It went on while it was told to stop, and may have outgrown the receiver.
+        if moved and receiver is not None and context_tokens < receiver.max_model_len_tokens:
             del self._by_leg[leg_id]
             actions = life.on_moved_out()
             assert life.leg is not None

@@ -178,6 +178,19 @@ def test_its_receiver_may_die_while_it_moves(moved: bool) -> None:
     assert actions[:-1] == ([] if moved else [CancelLeg("r.1p.1.d", D)])
 
 
+@pytest.mark.parametrize("outgrown_by_tokens", [0, 1])
+def test_what_outgrows_its_receiver_on_the_way_goes_on_at_another(outgrown_by_tokens: int) -> None:
+    scheduler = moving()
+    scheduler.view.workers[D2].max_model_len_tokens = 104 - outgrown_by_tokens
+    assert scheduler.on_output("r.1p.1.d", [9], None) == [Deliver("r", None)]
+    actions = scheduler.on_moved_out("r.1p.1.d", True, 2.0)
+    if not outgrown_by_tokens:
+        assert actions == [StartDecode("r", "r.1m.2.d", D2, D, "r.1m.2", (7, 8, 9))]
+        return
+    assert actions == [DropTransfer(D2, "r.1m.2"), StartLocal("r", "r.2p.3", P, (7, 8, 9))]
+    assert load(scheduler, D2) == IDLE
+
+
 def test_a_worker_that_has_nothing_to_move_has_it_computed_elsewhere() -> None:
     scheduler = moving()
     actions = scheduler.on_moved_out("r.1p.1.d", False, 2.0)
