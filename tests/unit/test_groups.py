@@ -290,7 +290,7 @@ def test_after_a_group_broke_kv_goes_another_way_for_a_while(
         push_all(open_to(outbox, receiver.port, transfer_id))
         assert result(outbox).delivered
         assert transport_of(claim.get(timeout=WAIT_S)) == (True, "grpc", way.transport)
-    monkeypatch.setattr(peer_module, "REJOIN_AFTER_S", 0.0)
+    monkeypatch.setattr(peer_module, "RETRY_AFTER_S", 0.0)
     outbox.sender.peer(send_kv(receiver.port))._no_group_until_s.clear()
     wait_until("the broken group's threads end", lambda: not group_threads())
     claim = receiver.claim("after")

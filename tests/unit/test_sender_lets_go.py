@@ -12,6 +12,7 @@ import pytest
 from cluster.wire import worker_pb2
 from tests.unit.ends import (
     LAYER_BYTES,
+    LONG_S,
     SOON_S,
     Loop,
     MakeOutbox,
@@ -21,6 +22,7 @@ from tests.unit.ends import (
     push_layer,
     wait_until,
 )
+from workers.kv import peer as peer_module
 from workers.kv.sender import PEER_IDLE_S
 from workers.kv.transfer import Sent
 
@@ -200,6 +202,32 @@ def test_a_receiver_that_never_answers_costs_no_more_than_the_deadline(
     assert time.monotonic() - began_s < 10
     assert not any(sent.delivered for sent in results)
     assert all("DEADLINE_EXCEEDED" in sent.reason for sent in results)
+    outbox.assert_at_rest()
+
+
+@pytest.mark.parametrize("retry_after_s", [LONG_S, 0.0])
+def test_a_silent_receiver_is_not_waited_for_by_each_transfer(
+    loop: Loop,
+    start: Callable[[Receiver], Receiver],
+    make_outbox: MakeOutbox,
+    monkeypatch: pytest.MonkeyPatch,
+    retry_after_s: float,
+) -> None:
+    monkeypatch.setattr(peer_module, "PAIR_DEADLINE_S", 0.2)
+    monkeypatch.setattr(peer_module, "RETRY_AFTER_S", retry_after_s)
+    receiver = start(Silent(loop, "Pair"))
+    outbox = make_outbox()
+    push_all(outbox.open(receiver, "a"))
+    assert "DEADLINE_EXCEEDED" in outbox.result().reason
+    receiver.let_go()
+    monkeypatch.setattr(peer_module, "PAIR_DEADLINE_S", LONG_S)
+    push_all(outbox.open(receiver, "b"))
+    sent = outbox.result()
+    if retry_after_s:
+        assert not sent.delivered
+        assert sent.reason.startswith(f"127.0.0.1:{receiver.port} did not answer within ")
+    else:
+        assert sent.reason == "at last"
     outbox.assert_at_rest()
 
 

@@ -16,8 +16,9 @@ logger = logging.getLogger(__name__)
 
 PUSH_METHOD = "/baton.v1.KvInbox/Push"
 PAIR_DEADLINE_S = 5.0
-REJOIN_AFTER_S = 10.0
-"""After a group could not be made, or broke, payloads go another way for this long."""
+RETRY_AFTER_S = 10.0
+"""A peer that has not answered is not waited for again for this long; after a group could not be
+made, or broke, payloads go another way for so long."""
 RATE_ASSUMED_BYTES_S = 1e9
 """What a peer is taken to receive before anything was sent to it."""
 RATE_SAMPLE_BYTES_MIN = 1 << 20
@@ -39,6 +40,7 @@ class Peer:
         self.push = self.channel.stream_stream(PUSH_METHOD, None, None)
         self._inbox = kv_pb2_grpc.KvInboxStub(self.channel)  # type: ignore[no-untyped-call]
         self._accepted: kv_pb2.PairReply | None = None
+        self._silent_until_s = 0.0
         self._groups: dict[str, OutgoingGroup] = {}
         self._groups_lock = threading.Lock()
         self._no_group_until_s: dict[str, float] = {}
@@ -52,12 +54,29 @@ class Peer:
             self.rate_bytes_s += RATE_WEIGHT * (newest - self.rate_bytes_s)
 
     def pair(self, request: kv_pb2.PairRequest, deadline_s: float) -> kv_pb2.PairReply:
+        """
+        Raises:
+            grpc.RpcError: it cannot be reached, or has not answered in time.
+        """
         # Without a lock: who waits for another's pairing would outlive its own deadline.
-        reply = self._accepted
-        if reply is None:
-            reply = self._inbox.Pair(request, timeout=min(PAIR_DEADLINE_S, deadline_s))
-            if reply.accepted:
-                self._accepted = reply
+        if self._accepted is not None:
+            return self._accepted
+        if time.monotonic() < self._silent_until_s:
+            return kv_pb2.PairReply(
+                reason=f"{self.address} did not answer within {PAIR_DEADLINE_S:g} s, and is not "
+                f"asked again for {RETRY_AFTER_S:g} s"
+            )
+        try:
+            reply: kv_pb2.PairReply = self._inbox.Pair(
+                request, timeout=min(PAIR_DEADLINE_S, deadline_s)
+            )
+        except grpc.RpcError as error:
+            if deadline_s >= PAIR_DEADLINE_S and _is_late(error):
+                # Where no packets arrive, every transfer would wait as long, and its KV with it.
+                self._silent_until_s = time.monotonic() + RETRY_AFTER_S
+            raise
+        if reply.accepted:
+            self._accepted = reply
         return reply
 
     def group(
@@ -86,8 +105,8 @@ class Peer:
         elif group.broken:
             reason = f"the group with {self.address} broke: {group.broken}"
         if group is None or reason:
-            self._no_group_until_s[name] = time.monotonic() + REJOIN_AFTER_S
-            self.say_once(name, f"{reason}; KV goes another way for {REJOIN_AFTER_S:g} s")
+            self._no_group_until_s[name] = time.monotonic() + RETRY_AFTER_S
+            self.say_once(name, f"{reason}; KV goes another way for {RETRY_AFTER_S:g} s")
             return None
         self._groups[name] = group
         return group
@@ -101,3 +120,7 @@ class Peer:
         for group in list(self._groups.values()):
             group.close("the worker is stopping, or its peer is not needed any more")
         self.channel.close()
+
+
+def _is_late(error: grpc.RpcError) -> bool:
+    return isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
