@@ -162,6 +162,11 @@ class Scheduler:
         self.view.workers[worker.key] = worker
         self.view.note_models()
         worker.count_others(self._others.get(worker.key, NOTHING))
+        for life in self.lives.values():
+            charge = self._charges.get(life.ask.request_id)
+            if life.phase is Phase.MOVING and charge is not None and charge.decode == worker.key:
+                # The connection to it broke, which what moves there does not depend on.
+                self._charge_decode(worker, charge)
         if worker.block_tokens:
             self.prefixes.add(worker.key, worker.block_tokens)
         return self._place_queued()
@@ -336,12 +341,11 @@ class Scheduler:
         prefill.pending_prompt_tokens += tokens
         prefill.prefills += 1
         prefill.lent += placement.lends_prefill
-        decode.decode_tokens += tokens
-        decode.decodes += 1
-        decode.lent += placement.lends_decode
         if prefill is decode:
             prefill.pending_local_tokens += tokens
-        self._charges[ask.request_id] = _Charge(
+        if ask.adapter:
+            prefill.adapters.use(ask.adapter)
+        charge = self._charges[ask.request_id] = _Charge(
             prefill=prefill.key,
             decode=decode.key,
             prompt_tokens=tokens,
@@ -351,9 +355,7 @@ class Scheduler:
             since_s=self._now_s,
             adapter=ask.adapter,
         )
-        if ask.adapter:
-            prefill.adapters.use(ask.adapter)
-            decode.adapters.use(ask.adapter)
+        self._charge_decode(decode, charge)
         return actions
 
     def _use_held(self, ask: Ask, placement: Placement) -> Placement:
@@ -414,22 +416,17 @@ class Scheduler:
     def _move_out(self, life: Life, receiver: WorkerKey) -> Action:
         """Its load counts at the receiver from now on, for nobody is placed where it leaves."""
         self._refund(life)
-        tokens = life.ask.prompt_tokens + len(life.tokens)
-        worker = self.view.workers[receiver]
-        worker.decode_tokens += tokens
-        worker.decodes += 1
-        self._charges[life.ask.request_id] = _Charge(
+        charge = self._charges[life.ask.request_id] = _Charge(
             prefill=None,
             decode=receiver,
             prompt_tokens=0,
-            decode_tokens=tokens,
+            decode_tokens=life.ask.prompt_tokens + len(life.tokens),
             lends_prefill=False,
             lends_decode=False,
             since_s=self._now_s,
             adapter=life.ask.adapter,
         )
-        if life.ask.adapter:
-            worker.adapters.use(life.ask.adapter)
+        self._charge_decode(self.view.workers[receiver], charge)
         return life.move_out(receiver, self.new_id())
 
     def _move(self, life: Life) -> list[Action]:
@@ -452,6 +449,14 @@ class Scheduler:
         self._by_leg.pop(life.last_leg_id, None)
         self._queue.remove(life.ask.request_id)
         return [action for action in actions if not self._to_nobody(action)]
+
+    @staticmethod
+    def _charge_decode(worker: WorkerView, charge: _Charge) -> None:
+        worker.decode_tokens += charge.decode_tokens
+        worker.decodes += 1
+        worker.lent += charge.lends_decode
+        if charge.adapter:
+            worker.adapters.use(charge.adapter)
 
     def _refund(self, life: Life) -> None:
         charge = self._charges.pop(life.ask.request_id, None)

@@ -191,6 +191,18 @@ def test_what_outgrows_its_receiver_on_the_way_goes_on_at_another(outgrown_by_to
     assert load(scheduler, D2) == IDLE
 
 
+def test_what_moves_to_a_worker_whose_connection_broke_counts_there_again() -> None:
+    scheduler = moving()
+    assert scheduler.on_worker_lost(D2, 2.0) == []
+    add(scheduler, D2, Pool.DECODE)
+    assert load(scheduler, D2) == (0, 0, 102, 1)
+    assert scheduler.on_moved_out("r.1p.1.d", True, 2.0) == [
+        StartDecode("r", "r.1m.2.d", D2, D, "r.1m.2", (7, 8))
+    ]
+    scheduler.on_output("r.1m.2.d", [9], Finish.STOP)
+    assert_idle(scheduler)
+
+
 def test_a_worker_that_has_nothing_to_move_has_it_computed_elsewhere() -> None:
     scheduler = moving()
     actions = scheduler.on_moved_out("r.1p.1.d", False, 2.0)
