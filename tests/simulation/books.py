@@ -145,7 +145,8 @@ class Books:
             awaited = placed.transfer_id and placed.decode == key and not placed.moving
             if placed.leg_worker == key or awaited:
                 client.losses += 1
-            if placed.decode == key:
+            # What moves there goes on, and is claimed if the router meets the worker again in time.
+            if placed.decode == key and not placed.moving:
                 placed.transfer_id = ""
             if placed.leg_worker == key:
                 placed.leg_id = ""
@@ -173,7 +174,7 @@ class Books:
         if isinstance(action, StartDecode):
             self._check_claim(action, client, now_s)
             return
-        if client.placed is not None and client.placed.transfer_id:
+        if client.placed is not None and self._is_to_be_dropped(client.placed):
             raise Violation(f"{client.placed.transfer_id} was not dropped")
         context = client.spec.prompt_tokens + len(client.tokens)
         client.queued_since_s = -1.0
@@ -337,8 +338,11 @@ class Books:
             if held != loads[key]:
                 raise Violation(f"load of {key} is {held}, it should be {loads[key]}")
 
-    @staticmethod
-    def _check_left(request_id: str, client: Client) -> None:
+    def _is_to_be_dropped(self, placed: Placed) -> bool:
+        """A worker that the router has lost does so by itself."""
+        return bool(placed.transfer_id) and placed.decode in self._models
+
+    def _check_left(self, request_id: str, client: Client) -> None:
         """What an ended or unplaced request leaves behind: nothing."""
         placed = client.placed
         if placed is None:
@@ -346,7 +350,7 @@ class Books:
         how = client.ended or "lost its place"
         if placed.leg_id:
             raise Violation(f"{request_id} {how}, and {placed.leg_id} runs on")
-        if placed.transfer_id:
+        if self._is_to_be_dropped(placed):
             raise Violation(f"{request_id} {how}, and {placed.transfer_id} was not dropped")
 
     def check_end(self, router_lives: bool) -> None:
