@@ -84,7 +84,7 @@ class Slow:
         return self._link
 
     def accept(self, *_: Any) -> IncomingGroup:
-        raise NotImplementedError
+        raise AssertionError("only the sending end is here")
 
     def close(self) -> None:
         """Nothing to close."""
