@@ -143,6 +143,10 @@ class Scheduler:
             life.on_adopted(handed_over)
             charge = self._charges[life.ask.request_id]
             decode = self.view.workers.get(charge.decode)
+            if decode is not None and not handed_over:
+                # However soon it has failed, it costs what is computed again.
+                again = charge.prompt_tokens or charge.decode_tokens
+                exposed_s += decode.rates.prefill.predict_s(again)
             if decode is not None and charge.prompt_tokens:
                 kv_bytes = charge.prompt_tokens * decode.kv_bytes_per_token
                 decode.rates.exposed.learn(kv_bytes, exposed_s)

@@ -472,6 +472,19 @@ def test_workers_show_how_fast_they_are() -> None:
     assert predicted(scheduler, D)[2] < 0.05
 
 
+def test_a_hand_off_that_fails_at_once_does_not_look_cheap() -> None:
+    scheduler = pair()
+    scheduler.view.workers[D].kv_bytes_per_token = 1000
+    for i in range(100):
+        first, then = f"r.1p.{i + 1}", f"r.1p.{i + 1}.d"
+        scheduler.on_arrival(ASK, 100.0 * i)
+        scheduler.on_output(first, [7], Finish.LENGTH)
+        scheduler.on_adopted(then, False, exposed_s=0.001)
+        scheduler.on_output(then, [8], Finish.STOP)
+    prefill_s, _, exposed_s = predicted(scheduler, D)
+    assert exposed_s == pytest.approx(prefill_s + 0.001, rel=0.1)
+
+
 def test_a_cached_prompt_shows_only_what_was_computed_of_it() -> None:
     scheduler = pair()
     for i in range(100):
