@@ -124,7 +124,7 @@ def test_what_is_delivered_is_what_was_sent(
 ) -> None:
     claim = receiver.claim()
     push_all(open_to(outbox, receiver.port))
-    assert result(outbox) == Sent("t", True, "", WHOLE_BYTES, mock.ANY)
+    assert result(outbox) == Sent("t", True, "", WHOLE_BYTES)
     assert transport_of(claim.get(timeout=WAIT_S)) == (True, way.transport, "")
     taken = receiver.inbox.take("t")
     assert taken is not None

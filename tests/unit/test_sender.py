@@ -7,7 +7,6 @@ import os
 import queue
 import time
 from collections.abc import AsyncIterator, Callable
-from unittest import mock
 
 import pytest
 
@@ -41,13 +40,11 @@ from workers.kv.service import KvInboxService
 from workers.kv.transfer import GRPC, Sent
 from workers.kv.undelivered import RanksUndelivered
 
-ANY_S: float = mock.ANY
-
 
 def test_a_transfer_is_delivered_whole(receiver: Receiver, make_outbox: MakeOutbox) -> None:
     outbox, claim = make_outbox(), receiver.claim()
     push_all(outbox.open(receiver))
-    assert outbox.result() == Sent("t", True, "", GEOMETRY.layers * LAYER_BYTES, ANY_S)
+    assert outbox.result() == Sent("t", True, "", GEOMETRY.layers * LAYER_BYTES)
     assert claim.get(timeout=SOON_S).whole
     assert receiver.inbox.peek("t") == (TOKENS, b"digest", 0)
     taken = receiver.inbox.take("t")
@@ -73,7 +70,7 @@ def test_a_payload_that_may_change_is_copied_at_once(
         transfer.push_copy(kv_pb2.FrameHeader(transfer_id="t", kv=kv), parts)
         cache[:] = bytes(len(cache))
     transfer.finish()
-    assert outbox.result() == Sent("t", True, "", GEOMETRY.layers * LAYER_BYTES, ANY_S)
+    assert outbox.result() == Sent("t", True, "", GEOMETRY.layers * LAYER_BYTES)
     assert claim.get(timeout=SOON_S).whole
     taken = receiver.inbox.take("t")
     assert taken is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from unittest import mock
 
 import pytest
 
@@ -25,9 +24,6 @@ from tests.unit.ends import (
 from workers.kv import peer as peer_module
 from workers.kv.sender import PEER_IDLE_S
 from workers.kv.transfer import Sent
-
-ANY_S: float = mock.ANY
-
 
 # --- broken off -------------------------------------------------------------------------------
 
@@ -63,7 +59,7 @@ def test_a_sender_that_gives_up_midway_fails_the_transfer(
     push_layer(transfer, 1)
     sent = outbox.result()
     reason = "the sender gave up: the prefill was aborted"
-    assert sent == Sent("t", False, reason, LAYER_BYTES, ANY_S)
+    assert sent == Sent("t", False, reason, LAYER_BYTES)
     settled = claim.get(timeout=SOON_S)
     assert (settled.whole, settled.reason) == (False, reason)
     assert receiver.inbox.bytes_held == 0
@@ -122,7 +118,7 @@ def test_a_receiver_that_drops_it_ends_the_stream_of_a_silent_sender(
     wait_until("a layer has come", lambda: bool(receiver.inbox._transfers["t"].frames))
     receiver.inbox.drop("t", "the router gave it up")
     # Nothing more is sent, and nobody calls `finish`.
-    assert outbox.result() == Sent("t", False, "the router gave it up", LAYER_BYTES, ANY_S)
+    assert outbox.result() == Sent("t", False, "the router gave it up", LAYER_BYTES)
     assert not claim.get(timeout=SOON_S).whole
     outbox.assert_at_rest()
     wait_until("nobody reads from it", lambda: "kv-take" not in loop.call(task_names()))

@@ -44,7 +44,6 @@ class Sent:
     delivered: bool
     reason: str
     bytes: int
-    credit_wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +86,17 @@ class Transfer:
         self._send = send
         # Bounded by the bytes that `Sender.stage` lets through.
         self._frames: queue.SimpleQueue[_Staged | None] = queue.SimpleQueue()
-        self._opened_at_s = time.monotonic()
-        self._deadline_at_s = self._opened_at_s + deadline_s
+        self._deadline_at_s = time.monotonic() + deadline_s
         self._closed = False
         self._bytes = 0
         self._staged = 0
         self._moved_at_s = 0.0
         self._engine_waited_s = 0.0
+        self._moved_bytes = 0
         self._busy_s = 0.0
+        """That `_moved_bytes` took."""
         self._busy_until_s = 0.0
         self._under_way: deque[_Posted] = deque()
-        self._credit_wait_s = 0.0
         self.held_tokens = 0
         """The prompt's first tokens, which the receiver has. Known when it gives credit."""
         self.credit = threading.Event()
@@ -225,8 +224,7 @@ class Transfer:
         self.credit.set()
         self._discard_frames()
         self._frames.put(None)
-        sent = Sent(self.transfer_id, delivered, reason, self._bytes, self._credit_wait_s)
-        self._sender.ended(self, sent)
+        self._sender.ended(self, Sent(self.transfer_id, delivered, reason, self._bytes))
 
     def _deliver(self) -> tuple[bool, str]:
         peer = self._sender.peer(self._send)
@@ -246,12 +244,11 @@ class Transfer:
         for encoded in call:
             reply = kv_pb2.PushReply.FromString(encoded)
             if reply.HasField("credit"):
-                self._credit_wait_s = time.monotonic() - self._opened_at_s
                 self.held_tokens = reply.credit.held_tokens
                 self.credit.set()
             else:
                 result = reply.result
-        peer.measured(self._bytes, self._busy_s)
+        peer.measured(self._moved_bytes, self._busy_s)
         return result.delivered, result.reason
 
     def _remaining_s(self) -> float:
@@ -318,6 +315,7 @@ class Transfer:
         now = time.monotonic()
         self._busy_s += now - max(started_s, self._busy_until_s)
         self._busy_until_s = self._moved_at_s = now
+        self._moved_bytes += size_bytes
         if self._group is not None:
             self._group.moved_at_s = now
         self._unstage(size_bytes)
