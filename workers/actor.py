@@ -52,7 +52,10 @@ class WorkerActor:
         started = asyncio.create_task(Worker.start(settings))
         await asyncio.wait({stopped, started}, return_when=asyncio.FIRST_COMPLETED)
         if not started.done():
-            # vLLM cannot be called off: who started this process kills it.
+            # vLLM cannot be called off, and who started this process kills it. But for that, it
+            # would serve in the end, and nobody would watch it.
+            started.cancel()
+            await asyncio.gather(started, return_exceptions=True)
             return STOPPED
         self._worker = started.result()
         drained = asyncio.create_task(self._worker.drained())

@@ -73,16 +73,26 @@ def told_to_end() -> None:
 
 def test_a_worker_that_loads_ends_at_once(run: Callable[..., str]) -> None:
     loading = asyncio.Event()
+    runs_when_called_off: list[bool] = []
 
     async def start() -> None:
         loading.set()
-        await asyncio.Event().wait()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            # What loads on would serve in the end, and nobody would watch it.
+            runs_when_called_off.append("WorkerActor.run" in names_of_tasks())
 
     async def happens() -> None:
         await loading.wait()
         told_to_end()
 
     assert run(start, happens) == STOPPED
+    assert runs_when_called_off == [True]
+
+
+def names_of_tasks() -> set[str]:
+    return {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()}
 
 
 @pytest.mark.parametrize(("notice", "signals"), [(False, 1), (True, 2)])
