@@ -27,6 +27,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from cluster.membership import WorkerRecord, WorkerState
 from cluster.scheduler.adapters import Adapters
 from cluster.scheduler.life import (
+    MOVED,
     Action,
     CancelLeg,
     Deliver,
@@ -224,17 +225,15 @@ class ClusterCore(EveryWorker):
     def relieve(self, key: WorkerKey, left_s: float) -> None:
         """A worker drains, and has this time left: its requests go on elsewhere when it is due."""
         actions = self.scheduler.on_draining(key, left_s, self._clock())
-        self._count_moved(actions)
+        self._count_recomputed(actions)
         self._carry_out(actions)
 
-    def _count_moved(self, actions: list[Action]) -> None:
-        """Where they go on, and not where they are asked to leave: KV cannot always move."""
-        for action in actions:
-            match action:
-                case StartPrefill() | StartLocal():
-                    self.metrics.moved.labels("recomputed").inc()
-                case StartDecode():
-                    self.metrics.moved.labels("kv").inc()
+    def _count_recomputed(self, actions: list[Action]) -> None:
+        """Those that leave without their KV. What becomes of KV that moves is told when it has."""
+        cancelled = sum(isinstance(action, CancelLeg) for action in actions)
+        placed = sum(isinstance(action, StartPrefill | StartLocal) for action in actions)
+        # One that is cancelled may have to wait for a place; one that has stopped is not cancelled.
+        self.metrics.moved.labels("recomputed").inc(max(cancelled, placed))
 
     def tick(self) -> None:
         """To be called every TICK_S."""
@@ -395,7 +394,7 @@ class ClusterCore(EveryWorker):
                     if not moved.moved:
                         logger.info("leg %s is computed again: %s", moved.leg_id, moved.reason)
                     actions = self.scheduler.on_moved_out(moved.leg_id, moved.moved, self._clock())
-                    self._count_moved(actions)
+                    self._count_recomputed(actions)
                     self._carry_out(actions)
                 case "undelivered":
                     lacking = message.undelivered
@@ -463,7 +462,10 @@ class ClusterCore(EveryWorker):
     def _on_adopted(self, worker: ConnectedWorker, adopted: worker_pb2.Adopted) -> None:
         life = self.scheduler.on_adopted(adopted.request_id, adopted.handed_over, adopted.exposed_s)
         request_id = life.ask.request_id if life else adopted.request_id
-        sender = str(life.placement.prefill) if life and life.placement else ""
+        placement = life.placement if life else None
+        sender = str(placement.prefill) if placement else ""
+        if placement and placement.reason == MOVED:
+            self.metrics.moved.labels("kv" if adopted.handed_over else "recomputed").inc()
         self.tally.handoff_ended(adopted, request_id, sender, str(worker.key))
         request = self._requests.get(request_id)
         traced_id = (request and request.external_req_id) or request_id

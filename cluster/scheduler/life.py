@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from cluster.scheduler.policy import Ask, Placement, PlacementPolicy
 from cluster.scheduler.view import WorkerKey
 
+MOVED = "moved"
+"""The reason of a placement that takes running requests' KV along."""
+
 
 class Phase(enum.StrEnum):
     QUEUED = "queued"
@@ -274,7 +277,7 @@ class Life:
         """Its worker will be gone before it ends: let its KV go to another one."""
         assert self.leg is not None and self.phase is Phase.DECODING
         self._open_transfer(f"{self.ask.request_id}.{self.attempts}m.{id_suffix}")
-        self.placement = Placement(self.leg.worker, receiver, "moved")
+        self.placement = Placement(self.leg.worker, receiver, MOVED)
         self.phase = Phase.MOVING
         return MoveOut(
             self.ask.request_id, self.leg.leg_id, self.leg.worker, receiver, self.transfer_id

@@ -296,12 +296,41 @@ async def test_requests_are_counted_by_how_they_end() -> None:
     assert core.tally.by_path == {"kept_local": 2}
 
 
-@pytest.mark.parametrize(("moved", "way"), [(True, "kv"), (False, "recomputed")])
-async def test_a_move_counts_as_what_became_of_it(moved: bool, way: str) -> None:
+@pytest.mark.parametrize(
+    ("moved", "arrives", "way"),
+    [(True, True, "kv"), (True, False, "recomputed"), (False, False, "recomputed")],
+    ids=["kv", "does not arrive", "refused"],
+)
+async def test_a_move_counts_as_what_became_of_it(moved: bool, arrives: bool, way: str) -> None:
     """Workers of several ranks, for one, refuse it."""
     router, there = Router(), Link()
     router.hears(step(1.0, EngineCoreOutput(await router.leg_of("a"), [1])))
-    router.connect(WorkerKey("decode-1", "i1"), there)
+    receiver = router.connect(WorkerKey("decode-1", "i1"), there)
+    move = leaves(router)
+    assert ways_moved(router) == {"kv": 0, "recomputed": 0}
+    answer = worker_pb2.MovedOut(leg_id=move.leg_id, moved=moved)
+    # Once, however often it is said.
+    for _ in range(2):
+        router.core._on_messages(router.worker, [worker_pb2.FromEngine(moved=answer)])
+    (leg,) = there.requests
+    if moved:
+        assert ways_moved(router) == {"kv": 0, "recomputed": 0}
+        adopted = worker_pb2.Adopted(request_id=leg.request_id, handed_over=arrives)
+        router.core._on_messages(receiver, [worker_pb2.FromEngine(adopted=adopted)])
+    assert ways_moved(router) == {"kv": 0, "recomputed": 0} | {way: 1}
+
+
+async def test_what_leaves_and_has_to_wait_is_counted_too() -> None:
+    router = Router()
+    router.hears(step(1.0, EngineCoreOutput(await router.leg_of("a"), [1])))
+    router.core.scheduler.view.workers[KEY].draining = True
+    router.core.relieve(KEY, 0)
+    assert router.core.scheduler.queued == 1
+    assert ways_moved(router) == {"kv": 0, "recomputed": 1}
+
+
+def leaves(router: Router) -> worker_pb2.MoveOut:
+    """The first worker drains."""
     views = router.core.scheduler.view.workers
     for view in views.values():
         view.kv_bytes_per_token = 1
@@ -309,15 +338,12 @@ async def test_a_move_counts_as_what_became_of_it(moved: bool, way: str) -> None
     views[KEY].draining = True
     router.core.relieve(KEY, 1)
     (move,) = router.link.moves
+    return move
+
+
+def ways_moved(router: Router) -> dict[str, float]:
     ways = router.core.metrics.moved
-    assert [ways.labels(each)._value.get() for each in ("kv", "recomputed")] == [0, 0]
-    answer = worker_pb2.MovedOut(leg_id=move.leg_id, moved=moved)
-    # Once, however often it is said.
-    for _ in range(2):
-        router.core._on_messages(router.worker, [worker_pb2.FromEngine(moved=answer)])
-    assert len(there.requests) == 1
-    counted = {each: ways.labels(each)._value.get() for each in ("kv", "recomputed")}
-    assert counted == {"kv": 0, "recomputed": 0} | {way: 1}
+    return {each: ways.labels(each)._value.get() for each in ("kv", "recomputed")}
 
 
 async def test_a_call_that_a_lost_worker_does_not_answer_is_answered_with_an_error_object() -> None:
