@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 PREFIX = "BATON_"
 ALIKE_MIN = 0.75
-"""How much a variable is like a setting's, above which it is taken for a misspelt one."""
+"""How much a variable, or a flag that may be another program's, is like a setting's, above which it
+is taken for a misspelt one."""
 SERVICE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)$")
 """Ends the variables that Kubernetes sets for each Service, which may be called baton-something."""
 
@@ -36,10 +37,11 @@ def variable(path: tuple[str, ...]) -> str:
     return PREFIX + "__".join(path).upper()
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Added to what is said about a name that is not one of these."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f", did you mean {close[0]}?" if close else ""
+def did_you_mean(name: str, names: Mapping[str, str], alike_min: float = 0.6) -> str:
+    """Added to what is said about a name that is not one of these. Each has what it is called in
+    full."""
+    close = difflib.get_close_matches(name, names, 1, alike_min)
+    return f", did you mean {names[close[0]]}?" if close else ""
 
 
 def misspelt_variables(names: Iterable[str], known: Iterable[str]) -> dict[str, str]:

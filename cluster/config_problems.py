@@ -22,7 +22,7 @@ def _wrong_value(problem: ErrorDetails, model: type[BaseModel]) -> str:
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         known = _model_at(path, model).model_fields
-        return f"{name}: unknown{did_you_mean(str(last), known)}"
+        return f"{name}: unknown{did_you_mean(str(last), {each: each for each in known})}"
     said, hint = problem["msg"].lower(), ""
     if problem["type"] in ("model_type", "dict_type"):
         said = "it must hold names and values"

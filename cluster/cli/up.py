@@ -14,7 +14,7 @@ from rich.console import Console
 from cluster.before_start import StartFailed
 from cluster.cli.options import config_options, flags_given
 from cluster.config import BadConfig, BatonConfig, load_config
-from cluster.config_names import did_you_mean, flag, leaves
+from cluster.config_names import ALIKE_MIN, did_you_mean, flag, leaves
 from cluster.supervisor import Progress, Supervisor
 
 HANDOFF_FLAGS = "--handoff-"
@@ -62,8 +62,12 @@ def _refuse_misspelt(arguments: list[str]) -> None:
 
 
 def _meant(argument: str) -> str:
-    names = [flag(path) for path, _ in leaves(BatonConfig)]
-    return did_you_mean(argument.split("=")[0].replace("_", "-"), names)
+    names: dict[str, str] = {}
+    for path, _ in leaves(BatonConfig):
+        # For --handoff-codec, --codec may be given.
+        names |= {flag(part).lstrip("-"): flag(path) for part in (path[-1:], path)}
+    given = argument.split("=")[0].replace("_", "-").lstrip("-")
+    return did_you_mean(given, names, ALIKE_MIN)
 
 
 def _meant_by(problem: str) -> str:

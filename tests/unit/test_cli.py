@@ -191,7 +191,14 @@ def test_a_deadline_is_a_number_of_seconds(baton: Baton, deadline: str) -> None:
     [
         ("unrecognized arguments: --decodes 2", ", did you mean --decode?"),
         ("unrecognized arguments: x --queue_maxx=7", ", did you mean --queue-max?"),
+        ("unrecognized arguments: --codec fp8", ", did you mean --handoff-codec?"),
+        ("unrecognized arguments: --inbox-byte 7", ", did you mean --handoff-inbox-bytes?"),
         ("unrecognized arguments: --no-such-thing", ""),
+        # Of `vllm serve`.
+        ("unrecognized arguments: --device cpu", ""),
+        ("unrecognized arguments: --block-sise 16", ""),
+        ("unrecognized arguments: --num-workers 2", ""),
+        ("unrecognized arguments: --worker-use-ray", ""),
         ("argument --decodes: it is wrong", ""),
     ],
 )
