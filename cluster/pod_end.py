@@ -36,13 +36,16 @@ def processes_titled(title: str) -> set[int]:
 
 def drain(title: str, within_s: float) -> None:
     deadline = time.monotonic() + within_s
-    told = processes_titled(title)
-    for pid in told:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    # Ray still has this node, so others may be started in their place: they have nothing to finish.
-    while told & processes_titled(title) and time.monotonic() < deadline:
+    first = running = processes_titled(title)
+    told: set[int] = set()
+    while first & running and time.monotonic() < deadline:
+        # Ray still has this node, so others may be started in the place of those that have ended.
+        for pid in running - told:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        told |= running
         time.sleep(POLL_S)
+        running = processes_titled(title)
 
 
 if __name__ == "__main__":

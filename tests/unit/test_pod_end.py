@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from cluster.pod_end import POLL_S, WORKER_TITLE, drain, processes_titled
+from tests.unit.ends import wait_until
 from workers.actor import WorkerActor
 
 DRAINING = """
@@ -26,8 +27,13 @@ signal.signal(signal.SIGTERM, on_term)
 DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 REPLACED = """
 import os, signal
-signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if os.fork() else None)
+def on_term(*_):
+    if os.fork():
+        os._exit(0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGTERM, on_term)
 """
+"""As by the controller, while Ray still has the node."""
 FOREVER_S = 60.0
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
@@ -90,8 +96,15 @@ def test_does_not_wait_for_ever(title: str, start: Start) -> None:
     assert deaf.poll() is None
 
 
-def test_who_is_started_meanwhile_is_let_be(title: str, start: Start) -> None:
-    """As by the controller, while Ray still has the node."""
+def test_who_is_started_while_others_drain_is_told_too(title: str, start: Start) -> None:
+    """It would take requests, and be stopped in the midst of them."""
+    draining, old = start(title, DRAINING), start(title, REPLACED)
+    drain(title, FOREVER_S)
+    assert draining.wait(POLL_S * 50) == old.wait(POLL_S * 50) == 0
+    wait_until("the new one has ended", lambda: not processes_titled(title))
+
+
+def test_who_is_started_at_the_end_is_not_waited_for(title: str, start: Start) -> None:
     old = start(title, REPLACED)
     drain(title, FOREVER_S)
     assert old.wait(POLL_S * 50) == 0
