@@ -38,7 +38,7 @@ from workers.kv.ranks import RankEndpoint, RankSettings
 from workers.kv.sending import RanksSending
 from workers.kv.service import KvInboxService
 from workers.kv.transfer import GRPC, Sent
-from workers.kv.undelivered import RanksUndelivered
+from workers.kv.undelivered import REASON_CHARACTERS_MAX, RanksUndelivered, RankUndelivered
 
 
 def test_a_transfer_is_delivered_whole(receiver: Receiver, make_outbox: MakeOutbox) -> None:
@@ -154,6 +154,19 @@ def test_what_a_rank_cannot_deliver_its_worker_hears_of(
     finally:
         rank.close()
         told.close()
+
+
+def test_a_long_reason_is_told_in_part() -> None:
+    undelivered: queue.SimpleQueue[Sent] = queue.SimpleQueue()
+    worker = RanksUndelivered(undelivered.put)
+    rank = RankUndelivered(worker.path)
+    try:
+        # As many bytes as there can be of a character.
+        rank.tell(Sent("t", False, "\N{RUNNER}" * 1000, 0))
+        assert undelivered.get(timeout=SOON_S).reason == "\N{RUNNER}" * REASON_CHARACTERS_MAX
+    finally:
+        rank.close()
+        worker.close()
 
 
 def test_transfers_at_once_stay_apart(receiver: Receiver, make_outbox: MakeOutbox) -> None:

@@ -99,7 +99,6 @@ class Incoming:
     geometry: KvGeometry
     changed_at_s: float
     state: TransferState = TransferState.ARRIVING
-    reason: str = ""
     failed: Settled | None = None
     open: kv_pb2.OpenTransfer | None = None
     opened_at_s: float = 0.0
@@ -132,6 +131,11 @@ class Incoming:
         fresh = self.open is None and self.state is TransferState.ARRIVING
         return fresh and self.expected_sender is None
 
+    @property
+    def reason(self) -> str:
+        """Why it failed."""
+        return "" if self.failed is None else self.failed.reason
+
     def settled(self) -> Settled:
         if self.failed is not None:
             return self.failed
@@ -152,7 +156,7 @@ class Incoming:
             until_s = self.last_kv_at_s if self.state is TransferState.WHOLE else now_s
             so_far = self._how_it_came(self.open, until_s)
         self.failed = replace(so_far, reason=reason, failure=failure)
-        self.state, self.reason = TransferState.FAILED, reason
+        self.state = TransferState.FAILED
         self.open, self.bytes, self.frames = None, 0, {}
         if self.shared is not None:
             self.shared.close()
