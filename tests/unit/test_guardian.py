@@ -16,6 +16,7 @@ import pytest
 
 from cluster import guardian, vllm_names
 from cluster.guardian import RUN_VARIABLE, end_processes, processes_of
+from tests.unit.children import Child, children
 
 DEADLINE_S = 15.0
 SLEEP = "import time; print('up', flush=True); time.sleep(60)"
@@ -45,7 +46,7 @@ print(guardian.pid, child.pid, flush=True)
 time.sleep(60)
 """
 
-Start = Callable[..., "subprocess.Popen[bytes]"]
+Start = Callable[[str, str | None], Child]
 
 
 @pytest.fixture
@@ -55,26 +56,15 @@ def run_id() -> str:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts Python code with a run's mark, or none, and waits for its first line."""
-    started: list[subprocess.Popen[bytes]] = []
+    """Starts Python code with a run's mark, or none."""
+    environment = {k: v for k, v in os.environ.items() if k != RUN_VARIABLE}
+    with children() as start:
 
-    def start_one(code: str, mark: str | None) -> subprocess.Popen[bytes]:
-        environment = {k: v for k, v in os.environ.items() if k != RUN_VARIABLE}
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**environment, **({RUN_VARIABLE: mark} if mark else {})},
-            stdout=subprocess.PIPE,
-        )
-        started.append(process)
-        assert process.stdout is not None and process.stdout.readline()
-        return process
+        def start_one(code: str, mark: str | None) -> Child:
+            marks = {RUN_VARIABLE: mark} if mark else {}
+            return start(code, environment={**environment, **marks})
 
-    yield start_one
-    for process in started:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+        yield start_one
 
 
 def gone(pid: int) -> bool:

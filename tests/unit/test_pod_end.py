@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from cluster.pod_end import POLL_S, WORKER_TITLE, drain, processes_titled
+from tests.unit.children import Child, children
 from tests.unit.ends import wait_until
 from workers.actor import WorkerActor
 
@@ -36,7 +35,9 @@ signal.signal(signal.SIGTERM, on_term)
 """As by the controller, while Ray still has the node."""
 FOREVER_S = 60.0
 
-Start = Callable[..., "subprocess.Popen[bytes]"]
+UNTIL_KILLED = "print('up', flush=True); import time; time.sleep(60)"
+
+Start = Callable[[str, str], Child]
 
 
 @pytest.fixture
@@ -48,24 +49,8 @@ def title() -> str:
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts a process that shows a title, and does this when it gets SIGTERM."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start_one(title: str, code: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [title, "-c", f"{code}\nprint('up', flush=True)\nimport time; time.sleep(60)"],
-            executable=sys.executable,
-            stdout=subprocess.PIPE,
-        )
-        started.append(process)
-        assert process.stdout is not None and process.stdout.readline()
-        return process
-
-    yield start_one
-    for process in started:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+    with children() as start:
+        yield lambda title, code: start(f"{code}\n{UNTIL_KILLED}", title)
 
 
 def test_the_title_is_the_actors() -> None:
