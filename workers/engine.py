@@ -51,6 +51,9 @@ SWEEP_EVERY_S = 0.5
 NO_CLIENT = 0
 """Whom vLLM gives the stats of a step without outputs. Clients are counted from 1."""
 
+RESET_CACHE = ("reset_prefix_cache", "pause_scheduler", "sleep")
+"""Calls that reset the prefix cache, or may."""
+
 KV_USAGE_TOLD = 0.01
 """Less of a change is told with a step's outputs, but not by itself, unless the cache is free."""
 
@@ -95,6 +98,8 @@ class EngineHost:
         """Turns of the loop in which nothing was due or something was done. Told without a lock."""
         self.steps = 0
         """Of them, those that ran the model."""
+        self._steps_swept = 0
+        """As many as there were half a second ago."""
         self._steps_ended = 0
         """Those scheduled whose outputs are here."""
         self._next_sweep_s = 0.0
@@ -311,6 +316,28 @@ class EngineHost:
         for transfer_id in self._endpoint.inbox.sweep():
             logger.warning("transfer %s was abandoned and is dropped", transfer_id)
         self.held.release_unless(self._endpoint.inbox.needs_held)
+        running, waiting = self.core.scheduler.get_request_counts()
+        paused = self.core.is_scheduler_paused()
+        if waiting and not (running or paused) and self.steps == self._steps_swept:
+            # The first of them may need more blocks than are free, and never lets by the others,
+            # which what is held is for.
+            self._give_up_held("other requests found no room beside what was held for it")
+        self._steps_swept = self.steps
+
+    def _give_up_held(self, reason: str) -> None:
+        """Nothing is held any more. What it was for is computed instead."""
+        for request in list(self.core.scheduler.requests.values()):
+            transfer_id = (request.kv_transfer_params or {}).get(RECEIVE)
+            if transfer_id is not None and self.held.holds(transfer_id):
+                logger.warning("request %s is recomputed: %s", request.request_id, reason)
+                self._drop(transfer_id, reason)
+                # It was said to be handed over.
+                adopted = worker_pb2.Adopted(
+                    request_id=request.request_id, reason=reason, failure=HandoffFailure.DROPPED
+                )
+                self._listener.on_adopted(request.client_index, adopted)
+        # Of legs that wait for the rest of their KV: it is told when that is here.
+        self.held.release_all()
 
     def _add(self, client: int, request: EngineCoreRequest, message: worker_pb2.AddRequest) -> None:
         if not message.HasField("receive"):
@@ -478,6 +505,11 @@ class EngineHost:
             self._listener.on_utility(client, call_id, outputs.utility_output)
 
         output = UtilityOutput(call_id)
+        if method in RESET_CACHE:
+            # vLLM resets none of which a block is in use.
+            self._give_up_held("the prefix cache is reset")
+        requests = self.core.scheduler.requests
+        clients = {request_id: requests[request_id].client_index for request_id in requests}
 
         def invoke() -> Any:
             target = getattr(self.core, method)
@@ -486,6 +518,9 @@ class EngineHost:
         EngineCoreProc._invoke_utility_method(
             method, invoke, output, lambda out: enqueue(EngineCoreOutputs(utility_output=out))
         )
+        # A pause may end them, and vLLM says so only where its core has a process of its own.
+        for request_id in clients.keys() - requests.keys():
+            self._finish(clients[request_id], request_id, FinishReason.ABORT)
 
 
 def encode_result(output: UtilityOutput) -> bytes:

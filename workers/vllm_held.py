@@ -54,3 +54,6 @@ class HeldPrefixes:
     def release_unless(self, needs: Callable[[str], bool]) -> None:
         for transfer_id in [t for t in self._held if not needs(t)]:
             self.release(transfer_id)
+
+    def release_all(self) -> None:
+        self.release_unless(lambda _: False)

@@ -66,12 +66,12 @@ def gated(
 
 @contextlib.contextmanager
 def gated_cluster(
-    folder: Path, vllm_args: list[str], nursery: Nursery, **handoff: Any
+    folder: Path, vllm_args: list[str], nursery: Nursery, decode: int = 2, **handoff: Any
 ) -> Iterator[Cluster]:
     with running_cluster(
         folder,
         vllm_args,
-        decode=2,
+        decode=decode,
         environment={GATES_FOLDER: str(folder)},
         # A transfer of 32 KB or more is pushed layer by layer, a shorter one in one go.
         handoff={"one_go_ms": 0.1, "credit_deadline_s": 30.0, **handoff},
