@@ -15,9 +15,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from cluster.wire import kv_pb2, worker_pb2
 from tests.unit.ends import GEOMETRY, HERE, SENDER, TOKENS
-from workers.kv.connector import RECEIVE, BatonConnector, Load, Save, StepHandoffs
+from workers.kv.connector import RECEIVE, SEND, BatonConnector, Load, Save, StepHandoffs
 from workers.kv.endpoint import ENDPOINT_KEY, KvEndpoint, publish, withdraw
-from workers.kv.frames import Frame
+from workers.kv.frames import Frame, digest_tokens
 from workers.kv.inbox import Inbox
 from workers.kv.layout import UnknownLayout, paged_layer
 
@@ -79,6 +79,40 @@ def test_what_is_loaded_stays_until_the_step_and_nothing_else(
     scheduler.update_state_after_alloc(request("t"), cast(Any, blocks), tokens)
     assert endpoint.inbox.transfers_held == (0 if cached else 1)
     assert endpoint.take_released() == ["t"]
+
+
+class Transfers:
+    """Of an endpoint whose sending does not matter."""
+
+    def __init__(self) -> None:
+        self.opened: list[tuple[int, bytes]] = []
+
+    def overlaps(self, send: worker_pb2.SendKv, tokens: int) -> bool:
+        return True
+
+    def begin(self, transfer_id: str) -> None:
+        """Nothing is told."""
+
+    def sending(self, send: worker_pb2.SendKv, tokens: int, digest: Callable[[], bytes]) -> None:
+        self.opened.append((tokens, digest()))
+
+
+def test_of_a_resumed_request_the_output_so_far_goes_with_its_prompt(endpoint: KvEndpoint) -> None:
+    """It is computed where the prompt is, and would be computed again where that goes."""
+    scheduler, transfers = connector(KVConnectorRole.SCHEDULER), Transfers()
+    scheduler._endpoint = cast(Any, transfers)
+    scheduler._kv_cache_manager = cast(Any, SimpleNamespace(get_block_ids=lambda _: ([4, 5],)))
+    send = worker_pb2.SendKv(transfer_id="t")
+    params, tokens = {SEND: send}, [1, 2, 3, 4, 5, 6]
+    resumed = SimpleNamespace(request_id="r", all_token_ids=tokens, kv_transfer_params=params)
+    scheduler.on_new_request(cast(Any, resumed))
+    saves = [scheduler._next_save("r", computed) for computed in (4, 6)]
+    assert saves == [
+        Save(send, tokens, [4, 5], 0, 4, overlaps=True),
+        Save(send, tokens, [4, 5], 4, 6, overlaps=True),
+    ]
+    assert [save.is_last for save in saves if save] == [False, True]
+    assert transfers.opened == [(6, digest_tokens(tokens))] * 2
 
 
 def caches(block_tokens: int, layers: int = GEOMETRY.layers) -> dict[str, torch.Tensor]:

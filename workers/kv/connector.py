@@ -71,10 +71,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Push tokens [first_token, end_token) of a prompt, which are in the cache after this step."""
+    """Push tokens [first_token, end_token) of these, which are in the cache after this step."""
 
     send: worker_pb2.SendKv
-    prompt_token_ids: list[int]
+    token_ids: list[int]
     block_ids: list[int]
     first_token: int
     end_token: int
@@ -83,7 +83,7 @@ class Save:
 
     @property
     def is_last(self) -> bool:
-        return self.end_token == len(self.prompt_token_ids)
+        return self.end_token == len(self.token_ids)
 
 
 @dataclass
@@ -98,7 +98,8 @@ class StepHandoffs(KVConnectorMetadata):  # type: ignore[misc]
 
 @dataclass(slots=True)
 class _Sending:
-    request: Request
+    token_ids: list[int]
+    """Its prompt, and the output that it is resumed after."""
     send: worker_pb2.SendKv
     overlaps: bool
     pushed_tokens: int = 0
@@ -143,8 +144,9 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def on_new_request(self, request: Request) -> None:
         send = (request.kv_transfer_params or {}).get(SEND)
         if send is not None:
-            overlaps = self._endpoint.overlaps(send, len(request.prompt_token_ids))
-            self._sending[request.request_id] = _Sending(request, send, overlaps)
+            token_ids = list(request.all_token_ids)
+            overlaps = self._endpoint.overlaps(send, len(token_ids))
+            self._sending[request.request_id] = _Sending(token_ids, send, overlaps)
             if not self._in_ranks:
                 self._endpoint.begin(send.transfer_id)
 
@@ -248,7 +250,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return None if transfer_id is None else self._endpoint.inbox.peek(transfer_id)
 
     def _next_save(self, request_id: str, computed_tokens: int) -> Save | None:
-        """What to push of a prompt of which `computed_tokens` are in the cache after this step.
+        """What to push of a request of which `computed_tokens` are in the cache after this step.
 
         From the first token on: what the prefix cache held is not computed in any step. And never
         twice: after a preemption the same KV is computed again.
@@ -256,17 +258,17 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
         sending = self._sending.get(request_id)
         if sending is None:
             return None
-        prompt = sending.request.prompt_token_ids
+        token_ids = sending.token_ids
         # Opened as soon as the prompt is computed: the way to the receiver and back, and its wait
         # for room there, take no time of their own.
-        self._endpoint.sending(sending.send, len(prompt), lambda: digest_tokens(prompt))
-        end = min(computed_tokens, len(prompt))
-        if end <= sending.pushed_tokens or (not sending.overlaps and end < len(prompt)):
+        self._endpoint.sending(sending.send, len(token_ids), lambda: digest_tokens(token_ids))
+        end = min(computed_tokens, len(token_ids))
+        if end <= sending.pushed_tokens or (not sending.overlaps and end < len(token_ids)):
             return None
         assert self._kv_cache_manager is not None
         block_ids = self._kv_cache_manager.get_block_ids(request_id)[0]
         first = sending.pushed_tokens
-        save = Save(sending.send, prompt, list(block_ids), first, end, sending.overlaps)
+        save = Save(sending.send, token_ids, list(block_ids), first, end, sending.overlaps)
         sending.pushed_tokens = end
         if save.is_last:
             del self._sending[request_id]
@@ -377,7 +379,7 @@ class BatonConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def _push_layer(self, save: Save, layer_index: int, first_token: int, end_token: int) -> None:
         transfer = self._runner.sending(
-            save.send, len(save.prompt_token_ids), lambda: digest_tokens(save.prompt_token_ids)
+            save.send, len(save.token_ids), lambda: digest_tokens(save.token_ids)
         )
         if transfer is None:
             return
