@@ -82,6 +82,16 @@ def test_what_is_in_the_engines_queue_stays_until_it_is_taken() -> None:
     assert (inbox.bytes_held, inbox.transfers_held) == (0, 0)
 
 
+def test_what_comes_late_does_not_undo_what_is_in_the_engines_queue() -> None:
+    inbox = make_inbox()
+    receive_all(inbox, open_frame(), *kv_frames())
+    admitted = inbox.admit("t")
+    late = (TransferState.FAILED, "a frame arrived after the transfer was whole")
+    assert inbox.receive(kv_frame(layer=0)) == late
+    assert inbox.peek("t") == admitted
+    assert inbox.take("t") is not None
+
+
 def test_only_what_is_whole_is_admitted() -> None:
     clock = Clock()
     inbox = make_inbox(clock=clock)

@@ -94,9 +94,11 @@ class Inbox:
             elif (
                 transfer.state is TransferState.WHOLE and frame.header.WhichOneof("kind") != "abort"
             ):
-                self._fail(
-                    transfer, "a frame arrived after the transfer was whole", HandoffFailure.WRONG
-                )
+                late = "a frame arrived after the transfer was whole"
+                if transfer.admitted:
+                    # Its decode leg was told that all is here, and goes on with that.
+                    return TransferState.FAILED, late
+                self._fail(transfer, late, HandoffFailure.WRONG)
             self._notice(transfer)
             state = transfer.state
             if state is TransferState.ARRIVING and frame.header.WhichOneof("kind") == "kv":
