@@ -30,6 +30,8 @@ def ask_of(
         can_hand_over=(
             params is not None
             and params.prompt_logprobs is None
+            # Then vLLM loads nothing, either.
+            and not params.skip_reading_prefix_cache
             and request.prompt_embeds is None
             and not request.mm_features
         ),
