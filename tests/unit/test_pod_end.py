@@ -35,7 +35,7 @@ signal.signal(signal.SIGTERM, on_term)
 """As by the controller, while Ray still has the node."""
 FOREVER_S = 60.0
 
-UNTIL_KILLED = "print('up', flush=True); import time; time.sleep(60)"
+UNTIL_KILLED = "print('up', flush=True); import time; time.sleep(300)"
 
 Start = Callable[[str, str], Child]
 
