@@ -460,8 +460,15 @@ class ClusterCore(EveryWorker):
         return params is not None and not params.stop and together.joins(output)
 
     def _on_adopted(self, worker: ConnectedWorker, adopted: worker_pb2.Adopted) -> None:
+        known = self.scheduler.life_of_leg(adopted.request_id)
+        again = known is not None and known.handoff_ended
         life = self.scheduler.on_adopted(adopted.request_id, adopted.handed_over, adopted.exposed_s)
         request_id = life.ask.request_id if life else adopted.request_id
+        if not adopted.handed_over:
+            logger.warning("%s recomputes %s: %s", worker.key, request_id, adopted.reason)
+        if again:
+            # It came whole, and its worker has given it up since. A hand-off is counted once.
+            return
         placement = life.placement if life else None
         sender = str(placement.prefill) if placement else ""
         if placement and placement.reason == MOVED:
@@ -474,8 +481,6 @@ class ClusterCore(EveryWorker):
         if adopted.handed_over:
             worker.handoffs_in += 1
             worker.handoff_bytes_in += adopted.bytes
-        else:
-            logger.warning("%s recomputes %s: %s", worker.key, request_id, adopted.reason)
 
     def _block_tokens(self, key: WorkerKey, description: worker_pb2.WorkerDescription) -> int:
         """0 if what the worker tells of its prefix cache would mean nothing here."""

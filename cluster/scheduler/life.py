@@ -187,6 +187,8 @@ class Life:
     transfer_id: str = ""
     undelivered: str | None = None
     """Why the transfer was not delivered, if its sender has said so before the decode leg."""
+    handoff_ended: bool = False
+    """The transfer's decode leg has told how it came."""
     tokens: list[int] = field(default_factory=list)
     """Output tokens the client has."""
     attempts: int = 0
@@ -272,6 +274,7 @@ class Life:
 
     def on_adopted(self, handed_over: bool) -> None:
         self.path = Path.HANDED_OVER if handed_over else Path.RECOMPUTED
+        self.handoff_ended = True
 
     def move_out(self, receiver: WorkerKey, id_suffix: str) -> MoveOut:
         """Its worker will be gone before it ends: let its KV go to another one."""
@@ -342,7 +345,7 @@ class Life:
         return []
 
     def _open_transfer(self, transfer_id: str) -> None:
-        self.transfer_id, self.undelivered = transfer_id, None
+        self.transfer_id, self.undelivered, self.handoff_ended = transfer_id, None, False
 
     def _stop_awaiting(self, reason: str) -> StopAwaiting:
         assert self.placement is not None

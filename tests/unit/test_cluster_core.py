@@ -17,7 +17,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from cluster.scheduler.life import Failure
+from cluster.scheduler.life import Failure, Path
 from cluster.scheduler.policies import PolicyOptions, make_policy
 from cluster.scheduler.scheduler import Scheduler
 from cluster.scheduler.view import Pool, WorkerKey, WorkerView
@@ -318,6 +318,17 @@ async def test_a_move_counts_as_what_became_of_it(moved: bool, arrives: bool, wa
         adopted = worker_pb2.Adopted(request_id=leg.request_id, handed_over=arrives)
         router.core._on_messages(receiver, [worker_pb2.FromEngine(adopted=adopted)])
     assert ways_moved(router) == {"kv": 0, "recomputed": 0} | {way: 1}
+
+
+async def test_a_hand_off_that_is_given_up_after_it_came_is_counted_once() -> None:
+    router = Router()
+    leg_id = await router.leg_of("a")
+    for handed_over in (True, False):
+        adopted = worker_pb2.Adopted(request_id=leg_id, handed_over=handed_over, reason="no room")
+        router.core._on_messages(router.worker, [worker_pb2.FromEngine(adopted=adopted)])
+    tally = router.core.tally
+    assert (tally.handoffs_completed, tally.handoffs_failed, len(tally.recent)) == (1, 0, 1)
+    assert router.core.scheduler.lives["a"].path is Path.RECOMPUTED
 
 
 async def test_what_leaves_and_has_to_wait_is_counted_too() -> None:
